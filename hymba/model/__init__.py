@@ -1,0 +1,1 @@
+"""The architecture: read `hymba.py` first."""

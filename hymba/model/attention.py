@@ -1,0 +1,52 @@
+"""The attention heads: grouped queries, a window or none, and keys and values that layers may share.
+
+B batch, T time, H query heads, G key/value heads, dk size of a query or key head, dv = 2 dk size of a value head
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from hymba import ops
+from hymba.config import HymbaConfig, LayerPlan
+from hymba.model.layout import Layout, rotate
+from hymba.model.norm import RMSNorm
+from hymba.visibility import KeyValue
+
+QK_NORM_EPS = 1e-6  # fixed in the released implementation, whatever the config's norm_eps
+
+
+class Attention(nn.Module):
+    """Attention heads between the shared input projection and the norm of their branch (paper, section 2.1)."""
+
+    def __init__(self, config: HymbaConfig, plan: LayerPlan):
+        super().__init__()
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.window, self.n_meta = plan.window, config.n_meta
+        self.scale = 1 / math.sqrt(config.d_key)
+        # a layer that reads another's keys owns a k_norm too, unused: released checkpoints have it
+        self.q_norm = _head_norm(config, self.heads)
+        self.k_norm = _head_norm(config, self.kv_heads)
+
+    def keys_and_values(self, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """k: (B, T, G dk), v: (B, T, G dv) -> (B, G, T, dk) normed and rotated, (B, G, T, dv)"""
+        k = self.k_norm(_split_heads(k, self.kv_heads))
+        return rotate(k, layout.cos, layout.sin), _split_heads(v, self.kv_heads)
+
+    def forward(self, q: Tensor, layout: Layout, sources: tuple[KeyValue, ...]) -> Tensor:
+        """q: (B, T, H dk), sources: all keys there are, see `ops.attention` -> (B, T, H dv)"""
+        q = self.q_norm(_split_heads(q, self.heads))
+        q = rotate(q, layout.cos, layout.sin)
+        return ops.attention(q, layout.positions, layout.documents, sources, self.window, self.n_meta, self.scale)
+
+
+def _head_norm(config: HymbaConfig, heads: int) -> nn.Module:
+    """Norm of every query or key head before RoPE: none, one weight for all heads, or one weight for each."""
+    if config.qk_norm == "none":
+        return nn.Identity()
+    shape = (1, heads, 1, config.d_key) if config.qk_norm == "perhead-rms" else (config.d_key,)
+    return RMSNorm(*shape, eps=QK_NORM_EPS)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:  # (B, T, heads d) -> (B, heads, T, d)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,0 +1,231 @@
+"""The state of decoding: one object, allocated once, of fixed shapes.
+
+What the meta tokens leave behind does not depend on the prompt, so a cache holds it once for all its rows (`meta`).
+A row holds: for every group of layers that share keys and values, a ring of `window` + 1 text positions, or a span of
+`max_length` where a global layer reads it; for every layer the last inputs of the convolution and the SSM state
+(float32). Its size is a formula, `hymba.cost.cache_bytes`.
+
+Rows are the unit of work: admitting, dropping, forking and saving a request are `reset`, `copy`, `snapshot` and
+`restore`, and a batch is a range of rows, `rows(first, last)`, that shares the storage.
+
+    B rows, G key/value heads, S slots, dk, dv head sizes, E inner width, K conv width, N SSM state, L layers
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hymba.config import HymbaConfig, LayerPlan
+from hymba.errors import UserError
+from hymba.files import atomic_write
+from hymba.visibility import KeyValue, ring_slots, stored_positions
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers of the tokens before a call, without a cache: the meta tokens and nothing else."""
+
+    conv: Tensor  # (B or 1, K - 1, E)
+    ssm: Tensor  # (B or 1, E, N) float32
+    meta: KeyValue | None  # None in a layer that reads another's keys, or while the meta tokens themselves are read
+
+    def extend(self, new: KeyValue, lengths: Tensor | None) -> tuple[KeyValue, ...]:
+        """All keys and values that the new tokens may see; nothing is kept."""
+        return (new,) if self.meta is None else (self.meta, new)
+
+
+@dataclass
+class CachedLayer:
+    """One layer's part of a cache; as `LayerState`, but what it is given stays."""
+
+    conv: Tensor  # (B, K - 1, E)
+    ssm: Tensor  # (B, E, N) float32
+    meta: KeyValue | None
+    k: Tensor | None  # (B, G, S, dk); None in a layer that reads another's keys
+    v: Tensor | None  # (B, G, S, dv)
+    lengths: Tensor  # (B,) tokens of each row before this call
+    used: int  # the longest row before this call
+    n_meta: int
+
+    def extend(self, new: KeyValue, lengths: Tensor | None) -> tuple[KeyValue, ...]:
+        """Store new keys and values, and return all that the new tokens may see.
+
+        lengths: (B,) how many of the new tokens count in each row; None: all
+        """
+        T, slots = new.k.shape[2], self.k.shape[2]
+        count = torch.full_like(self.lengths, T) if lengths is None else lengths
+        sources = [] if self.meta is None else [self.meta]
+        if T == 1 or self.used + T <= slots:
+            # nothing that the new tokens see is overwritten: store first, then read the store alone
+            self._store(new, count)
+            sources.append(self._stored(self.lengths + count, min(self.used + T, slots)))
+        else:
+            if self.used:
+                old = self._stored(self.lengths, min(self.used, slots))
+                sources.append(old._replace(k=old.k.clone(), v=old.v.clone()))
+            sources.append(new)
+            self._store(new, count)
+        return tuple(sources)
+
+    def _stored(self, lengths: Tensor, slots: int) -> KeyValue:
+        positions = stored_positions(lengths, self.k.shape[2], self.n_meta)[:, :slots]
+        return KeyValue(self.k[:, :, :slots], self.v[:, :, :slots], positions)
+
+    def _store(self, new: KeyValue, count: Tensor) -> None:
+        """Write each row's last tokens, as many as there are slots, to slot (token % slots)."""
+        T, slots = new.k.shape[2], self.k.shape[2]
+        step = torch.arange(min(T, slots), device=count.device)
+        pick = (count - slots).clamp(min=0)[:, None] + step  # (B, T') which of the new tokens
+        slot = (self.lengths[:, None] + pick) % slots
+        counts = (pick < count[:, None])[:, None, :, None]
+        for store, x in ((self.k, new.k), (self.v, new.v)):
+            shape = (-1, x.shape[1], -1, x.shape[3])
+            x = x.gather(2, pick[:, None, :, None].expand(shape)).to(store.dtype)
+            index = slot[:, None, :, None].expand(shape)
+            # padding writes back what is there
+            store.scatter_(2, index, torch.where(counts, x, store.gather(2, index)))
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """One row of a cache, trimmed to what it uses: a prompt that was read, to be continued any number of times."""
+
+    tensors: Mapping[str, Tensor]
+    length: int  # text tokens read
+    model: str  # fingerprint of the model that made it
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file; `metadata` is the caller's own."""
+        header = {**(metadata or {}), "hymba_row": json.dumps({"length": self.length, "model": self.model})}
+        with atomic_write(path) as temporary:
+            save_file({name: x.contiguous() for name, x in self.tensors.items()}, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple["RowSnapshot", dict[str, str]]:
+        """Read what `save` wrote -> the row and the caller's metadata. Raises `UserError` if it is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                header = json.loads(metadata.pop("hymba_row"))
+                row = cls({name: file.get_tensor(name) for name in file.keys()}, header["length"], header["model"])
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no saved row of a hymba cache ({error})") from None
+        return row, metadata
+
+
+class HymbaCache:
+    """Keys, values and states of `batch_size` rows of at most `max_length` text tokens. Made by `Hymba.new_cache`."""
+
+    def __init__(
+        self,
+        config: HymbaConfig,
+        meta: list[LayerState],
+        batch_size: int,
+        max_length: int,
+        fingerprint: str = "",
+    ):
+        """meta: what the meta tokens leave in every layer (batch 1); it gives dtype and device too."""
+        self.config, self.meta, self.max_length, self.fingerprint = config, meta, max_length, fingerprint
+        c, like = config, meta[0].conv
+        self.k: dict[int, Tensor] = {}
+        self.v: dict[int, Tensor] = {}
+        for plan in c.layers:
+            if plan.produces_kv:
+                slots = ring_slots(None if plan.spans_context else c.window, max_length)
+                self.k[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, c.d_key)
+                self.v[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, c.d_value)
+        self.conv = like.new_empty(c.n_layers, batch_size, c.d_conv - 1, c.d_inner)
+        self.ssm = meta[0].ssm.new_empty(c.n_layers, batch_size, c.d_inner, c.d_state)
+        # on the CPU always: the loop that drives the model asks for it at every step
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        for row in range(batch_size):
+            self.reset(row)
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of all rows by part, and of the meta tokens' keys, values and states, which exist once."""
+        size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
+        kv = [x for state in self.meta if state.meta for x in (state.meta.k, state.meta.v)]
+        return {
+            "kv": size([*self.k.values(), *self.v.values()]),
+            "conv": size([self.conv]),
+            "ssm": size([self.ssm]),
+            "meta": size([*kv, *(x for state in self.meta for x in (state.conv, state.ssm))]),
+        }
+
+    def rows(self, first: int, last: int) -> "HymbaCache":
+        """Rows first .. last - 1 as a cache that shares the storage."""
+        view = object.__new__(HymbaCache)
+        view.__dict__.update(self.__dict__)
+        view.k = {layer: x[first:last] for layer, x in self.k.items()}
+        view.v = {layer: x[first:last] for layer, x in self.v.items()}
+        view.conv, view.ssm = self.conv[:, first:last], self.ssm[:, first:last]
+        view.lengths = self.lengths[first:last]
+        return view
+
+    def reset(self, row: int) -> None:
+        """Make a row empty: it has read the meta tokens and nothing else."""
+        self.lengths[row] = 0
+        for layer, state in enumerate(self.meta):
+            self.conv[layer, row] = state.conv[0]
+            self.ssm[layer, row] = state.ssm[0]
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` the same as `source`: a fork, or a move when `source` is given up afterwards."""
+        if source != target:
+            self.lengths[target] = self.lengths[source]
+            for name, x in self._tensors(target, int(self.lengths[source])).items():
+                x.copy_(self._tensors(source, int(self.lengths[source]))[name])
+
+    def snapshot(self, row: int) -> RowSnapshot:
+        """A copy of a row that does not depend on the cache any more."""
+        length = int(self.lengths[row])
+        return RowSnapshot({n: x.clone() for n, x in self._tensors(row, length).items()}, length, self.fingerprint)
+
+    def restore(self, row: int, snapshot: RowSnapshot) -> None:
+        """Continue in `row` where `snapshot` was taken. Raises `UserError` if it is another model's or too long."""
+        if snapshot.model != self.fingerprint:
+            raise UserError("this saved row was made by another model or dtype; read its prompt again instead")
+        if snapshot.length > self.max_length:
+            raise UserError(f"the saved row holds {snapshot.length} tokens, the cache at most {self.max_length}")
+        mine = self._tensors(row, snapshot.length)
+        shapes = {name: x.shape for name, x in snapshot.tensors.items()}
+        if shapes != {name: x.shape for name, x in mine.items()}:
+            raise UserError("the saved row does not fit this cache: it was made with another max_length")
+        self.lengths[row] = snapshot.length
+        for name, x in mine.items():
+            x.copy_(snapshot.tensors[name])
+
+    def _tensors(self, row: int, length: int) -> dict[str, Tensor]:
+        """Everything a row of `length` tokens uses, as views."""
+        kv = {f"{name}.{layer}": x[row, :, :length] for name, store in (("k", self.k), ("v", self.v))
+              for layer, x in store.items()}  # fmt: skip
+        return {**kv, "conv": self.conv[:, row], "ssm": self.ssm[:, row]}
+
+    def layer(self, plan: LayerPlan, lengths: Tensor, used: int) -> CachedLayer:
+        """One layer's part, for a call; lengths and used: of the rows before the call, on the model's device."""
+        i = plan.index
+        return CachedLayer(
+            self.conv[i], self.ssm[i], self.meta[i].meta, self.k.get(i), self.v.get(i), lengths, used,
+            self.config.n_meta,
+        )  # fmt: skip
+
+
+def fingerprint(config: HymbaConfig, weights: list[Tensor]) -> str:
+    """Names a model by its config and some of its weights, so that a saved row is not continued by another one."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for x in weights:
+        digest.update(str(x.dtype).encode() + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,342 @@
+"""The architecture of Dong et al., "Hymba: A Hybrid-head Architecture for Small Language Models" (arXiv 2411.13676).
+
+From small to large: hybrid heads, block, whole model with meta tokens. Legend:
+
+    B batch, T time, D model width, E inner width, H query heads, G key/value heads, dk, dv head sizes
+    N SSM state per channel, K conv width, M meta tokens, V vocabulary
+
+Meta tokens stand in front of every input but depend on none, so they are read once for a whole batch, and what they
+leave in each layer (keys, values, conv and SSM state) is where every row, and every document of a packed row, begins:
+the "learned initialisation" of cache and state that the paper describes (section 2.3).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hymba import ops
+from hymba.config import HymbaConfig, LayerPlan
+from hymba.errors import UserError
+from hymba.model.attention import Attention
+from hymba.model.cache import CachedLayer, HymbaCache, LayerState, fingerprint
+from hymba.model.layout import Layout, Rope
+from hymba.model.mamba import Mamba
+from hymba.model.norm import RMSNorm
+from hymba.visibility import KeyValue
+
+# tokens whose logits the loss holds at a time: at 32001 entries, 131 MB in float32
+LOSS_CHUNK = 1024
+IGNORED_LABEL = -100
+
+
+class HybridHeads(nn.Module):
+    """Attention heads and Mamba heads read the same token side by side (paper, section 2.1)."""
+
+    def __init__(self, config: HymbaConfig, plan: LayerPlan):
+        super().__init__()
+        D, E = config.d_model, config.d_inner
+        kv = (config.n_kv_heads * config.d_key, config.n_kv_heads * config.d_value) if plan.produces_kv else ()
+        self.widths = (D, *kv, E, E)
+        self.in_proj = nn.Linear(D, sum(self.widths), bias=False)
+        self.attention = Attention(config, plan)
+        self.mamba = Mamba(config)
+        self.attn_norm = RMSNorm(E, eps=config.norm_eps)
+        self.ssm_norm = RMSNorm(E, eps=config.norm_eps)
+        self.out_proj = nn.Linear(E, D, bias=False)
+
+    def forward(
+        self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
+    ) -> tuple[Tensor, tuple[KeyValue, ...], Tensor, Tensor]:
+        """x: (B, T, D), shared: the producer's keys and values, in a layer that makes none
+
+        -> (B, T, D), the keys and values that were read, conv state, SSM state
+        """
+        q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)  # one projection feeds both
+        if kv:
+            k, v = self.attention.keys_and_values(*kv, layout)
+            sources = past.extend(KeyValue(k, v, layout.positions, layout.documents), layout.lengths)
+        else:
+            sources = shared
+        attn = self.attention(q, layout, sources)  # (B, T, E)
+        ssm, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)  # (B, T, E)
+        # the branches live on different scales, so each gets its norm before the mean
+        y = ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
+        return self.out_proj(y), sources, conv_state, ssm_state
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer (SwiGLU; Shazeer, arXiv 2002.05202), or squared ReLU without a gate."""
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        self.gated = config.mlp_activation == "silu"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * up if self.gated else F.relu(up).square())
+
+
+class Block(nn.Module):
+    """Hybrid heads, then the MLP, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: HymbaConfig, plan: LayerPlan):
+        super().__init__()
+        self.heads_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.heads = HybridHeads(config, plan)
+        self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
+    ) -> tuple[Tensor, tuple[KeyValue, ...], Tensor, Tensor]:
+        y, sources, conv_state, ssm_state = self.heads(self.heads_norm(x), layout, past, shared)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), sources, conv_state, ssm_state
+
+
+class Hymba(nn.Module):
+    """The whole model: meta tokens, embedding, blocks, norm, LM head.
+
+    Set `checkpoint_blocks = True` to recompute activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        self.meta_tokens = nn.Parameter(torch.empty(config.n_meta, config.d_model))
+        # as in the released model, the padding id's embedding gets no gradient from the input side
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
+        self.rope = Rope(config)
+        self.blocks = nn.ModuleList(Block(config, plan) for plan in config.layers)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        if not self.meta_tokens.is_meta:
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Fresh weights: normal with `init_std`, but for the parts that Mamba initialises in its own way."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Mamba):
+                module.init_weights()
+        nn.init.normal_(self.meta_tokens, std=self.config.init_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: HymbaCache | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every token, or the loss if `labels` are given.
+
+        input_ids: (B, T) int; attention_mask: (B, T), nonzero where a token counts: padding may stand on either side
+        and changes nothing; document_ids: (B, T), rows that are packed of several documents: equal and neighbouring
+        ids are one document, which sees the meta tokens and itself only; cache: continue its rows, and advance them;
+        labels: (B, T), usually the input ids: they are shifted here, and -100 is left out
+        -> logits (B, T, V), or the mean loss in nats, a float32 scalar
+
+        Raises `UserError` for shapes that do not fit, rows that outgrow the cache, or a combination without meaning.
+        """
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, document_ids=document_ids, cache=cache)
+        if labels is None:
+            return self.lm_head(hidden)
+        if labels.shape != input_ids.shape:
+            raise UserError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+        targets = labels[:, 1:]
+        if attention_mask is not None:
+            targets = targets.where((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0), IGNORED_LABEL)
+        if document_ids is not None:  # the first token of a document is nobody's to predict
+            targets = targets.where(document_ids[:, 1:] == document_ids[:, :-1], IGNORED_LABEL)
+        return self.loss(hidden[:, :-1], targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in float32, a chunk of tokens at a time: logits of a long text are never held at once.
+
+        hidden: (B, T, D) as from `hidden`, targets: (B, T), -100 where there is none -> scalar, nats per target
+        """
+
+        def total(hidden: Tensor, targets: Tensor) -> Tensor:
+            logits = self.lm_head(hidden).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
+
+        chunks = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True)
+        losses = [checkpoint(total, h, t, use_reentrant=False) for h, t in chunks]
+        return torch.stack(losses).sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: HymbaCache | None = None,
+    ) -> Tensor:
+        """What the LM head reads, for callers who do not need the logits of every token. As `forward` -> (B, T, D)"""
+        self._check(input_ids, attention_mask, document_ids, cache)
+        order = lengths = None
+        if attention_mask is not None:
+            counts = attention_mask != 0
+            lengths = counts.sum(1)
+            order = counts.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # left-align every row
+            input_ids = input_ids.gather(1, order)
+            document_ids = None if document_ids is None else document_ids.gather(1, order)
+        for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):
+            pass
+        x = self.norm(x)
+        if order is not None:
+            x = torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
+        return x
+
+    def layer_outputs(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cache: HymbaCache | None = None,
+    ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
+        """Run the blocks over left-aligned rows and yield after each, first of all the embeddings.
+
+        input_ids, document_ids: (B, T), lengths: (B,) tokens that count, None: all
+        -> (B, T, D) the residual stream, and the state of the layer after the last token (None for the embeddings)
+        """
+        B, T = input_ids.shape
+        M, device = self.config.n_meta, input_ids.device
+        if cache is None:
+            before = torch.zeros(1, dtype=torch.int64, device=device)
+            after = before + T if lengths is None else lengths
+            meta = self.meta_states(M + after)
+            past = meta
+        else:
+            used = int(cache.lengths.max())
+            before = cache.lengths.to(device)
+            after = before + (T if lengths is None else lengths)
+            past = [cache.layer(plan, before, used) for plan in self.config.layers]
+        positions = before[:, None] + torch.arange(T, device=device)
+        starts = None
+        if document_ids is not None:
+            starts = torch.ones_like(document_ids, dtype=torch.bool)
+            starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+            document_ids = starts.cumsum(1)  # ids may come back: neighbours decide
+            positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values
+        positions = positions + M
+        layout = Layout(positions, *self.rope(positions, M + after), document_ids, starts, lengths)
+        yield from self._run(self.embedding(input_ids), layout, past)
+        if cache is not None:
+            cache.lengths.add_(T if lengths is None else lengths.to(cache.lengths.device))
+
+    def meta_states(self, lengths: Tensor) -> list[LayerState]:
+        """What the meta tokens leave in every layer: where a text begins.
+
+        lengths: (B or 1,) of the rows with meta tokens, which only matter to rope='dynamic_ntk' -> states of batch 1,
+        or of batch B under dynamic_ntk
+        """
+        c, like = self.config, self.meta_tokens
+        if c.rope != "dynamic_ntk":
+            lengths = lengths[:1]
+        nothing = LayerState(
+            like.new_zeros(1, c.d_conv - 1, c.d_inner),
+            torch.zeros(1, c.d_inner, c.d_state, device=like.device),
+            None,
+        )
+        if c.n_meta == 0:
+            return [nothing] * c.n_layers
+        positions = torch.arange(c.n_meta, device=like.device)[None]
+        layout = Layout(positions, *self.rope(positions, lengths))
+        x = like.expand(lengths.shape[0], -1, -1)
+        _, *states = self._run(x, layout, [nothing] * c.n_layers)
+        return [state for _, state in states]
+
+    def _run(
+        self, x: Tensor, layout: Layout, past: list[LayerState] | list[CachedLayer]
+    ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
+        """All blocks; what is yielded is described in `layer_outputs`."""
+        yield x, None
+        shared: dict[int, tuple[KeyValue, ...]] = {}  # of the layers that make keys and values
+        for plan, block, state in zip(self.config.layers, self.blocks, past, strict=True):
+            arguments = (x, layout, state, shared.get(plan.producer))
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, sources, conv, ssm = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, sources, conv, ssm = block(*arguments)
+            shared[plan.index] = sources
+            if isinstance(state, CachedLayer):
+                state.conv.copy_(conv)
+                state.ssm.copy_(ssm)
+                yield x, state
+            else:
+                yield x, LayerState(conv, ssm, sources[-1] if plan.produces_kv else None)
+
+    def _check(self, input_ids, attention_mask, document_ids, cache) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+            raise UserError(f"input_ids must be integers of shape (B, T) with T >= 1, not {tuple(input_ids.shape)}")
+        for name, x in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            if x is not None and x.shape != input_ids.shape:
+                raise UserError(f"{name} {tuple(x.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+        if document_ids is not None and cache is not None:
+            raise UserError("document_ids and cache exclude each other: a cache row holds one document")
+        if document_ids is not None and self.config.rope == "dynamic_ntk":
+            raise UserError("rope='dynamic_ntk' rotates by the length of the text, so documents cannot be packed")
+        if cache is not None:
+            if cache.batch_size != input_ids.shape[0]:
+                raise UserError(
+                    f"the cache has {cache.batch_size} rows, input_ids {input_ids.shape[0]}; use cache.rows"
+                )
+            counts = input_ids.shape[1] if attention_mask is None else (attention_mask != 0).sum(1).cpu()
+            longest = int((cache.lengths + counts).max())
+            if longest > cache.max_length:
+                raise UserError(f"{longest} tokens do not fit a cache of max_length={cache.max_length}")
+
+    @torch.no_grad()
+    def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> HymbaCache:
+        """An empty cache of `batch_size` rows of `max_length` tokens (default: the context length).
+
+        Reads the meta tokens once, so make it after the weights are final. Raises `UserError` for lengths beyond the
+        context: meta tokens are not counted.
+        """
+        c = self.config
+        max_length = c.max_length if max_length is None else max_length
+        if batch_size < 1 or not 1 <= max_length <= c.max_length:
+            raise UserError(
+                f"a cache needs batch_size >= 1 and max_length from 1 to {c.max_length}, the model's context length; "
+                f"got {batch_size} and {max_length}"
+            )
+        if c.rope == "dynamic_ntk" and c.n_meta + max_length > c.rope_original_length:
+            raise UserError(
+                f"rope='dynamic_ntk' rotates every key anew once a row is longer than {c.rope_original_length}, so a "
+                f"cache is exact up to max_length={c.rope_original_length - c.n_meta} only; ask for that"
+            )
+        meta = self.meta_states(torch.zeros(1, dtype=torch.int64, device=self.meta_tokens.device))
+        name = fingerprint(c, [self.meta_tokens, self.norm.weight])
+        return HymbaCache(c, meta, batch_size, max_length, name)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
+    ) -> "Hymba":
+        """Load a checkpoint in the official layout from a folder or the Hugging Face hub; see `hymba.convert`."""
+        from hymba.convert import load_model
+
+        return load_model(path, device=device, dtype=dtype)
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_bytes: int | None = None) -> None:
+        """Save in the official layout, so that the released modeling code could read it; see `hymba.convert`."""
+        from hymba.convert import save_model
+
+        save_model(self, directory, max_shard_bytes=max_shard_bytes)

@@ -1,0 +1,142 @@
+"""The definition of every operation: plain PyTorch, float32 inside, as close to the papers' formulas as it gets.
+
+Kernels are optimisations of these functions and have their signatures. Gradients are autograd's.
+
+    B batch, T time, E inner width, N state, K conv width, H query heads, G key/value heads, S keys
+    dk size of a query or key head, dv size of a value head
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba.visibility import KeyValue, same_document, visible
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension (Zhang and Sennrich, 2019).
+
+    x: (..., D), weight: (D,) or any shape that broadcasts -> (..., D) in x's dtype. The statistics are float32; the
+    result is rounded before it is multiplied by the weight, as in the released implementation.
+    """
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
+    """Fusion of the two branches (paper, equation 3, with the learned magnitudes as norm weights).
+
+    attn, ssm: (B, T, E), weights: (E,) -> (B, T, E)
+    """
+    return (rms_norm(attn, attn_weight, eps) + rms_norm(ssm, ssm_weight, eps)) / 2
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution over time, then SiLU.
+
+    x: (B, T, E), weight: (E, K), bias: (E,), state: (B or 1, K - 1, E) the inputs before x, newest last,
+    starts: (B, T) bool, where a document starts: the inputs before it are `state`, not its neighbour's
+    -> (B, T, E)
+    """
+    K, T = weight.shape[1], x.shape[1]
+    state = state.to(x.dtype).expand(x.shape[0], -1, -1)
+    past = torch.cat([state, x], dim=1)  # (B, K - 1 + T, E)
+    age = None if starts is None else _since_start(starts)
+    y = bias.float() + x.float() * weight[:, K - 1].float()
+    for back in range(1, K):
+        tap = past[:, K - 1 - back : K - 1 - back + T]  # the input `back` steps ago
+        if age is not None:
+            # `age` steps into a document, an input from before its start is one of `state`'s
+            slot = (K - 1 - back + age).clamp(max=K - 2)
+            before = state.gather(1, slot[..., None].expand_as(x))
+            tap = torch.where((age < back)[..., None], before, tap)
+        y = y + tap.float() * weight[:, K - 1 - back].float()
+    return F.silu(y).to(x.dtype)
+
+
+def _since_start(starts: Tensor) -> Tensor:
+    """starts: (B, T) bool -> (B, T), how many steps ago the document began; before any start, as if far inside one."""
+    T = starts.shape[1]
+    time = torch.arange(T, device=starts.device)
+    last = torch.where(starts, time, -T).cummax(dim=1).values
+    return time - last
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selective state space recurrence (Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2), gated.
+
+        delta = softplus(dt + dt_bias)
+        h     = exp(delta A) h + delta B u
+        y     = (C h + D u) SiLU(gate)
+
+    u, dt, gate: (B, T, E), dt_bias, D: (E,), A: (E, N) negative, B, C: (B, T, N),
+    state: (B or 1, E, N) float32, the state before the first step,
+    starts: (B, T) bool, where a document starts: the recurrence starts again from `state`,
+    lengths: (B,), steps from there on are padding and leave the state alone
+    -> y: (B, T, E) in u's dtype, last state: (B, E, N) float32
+    """
+    first = state.float().expand(u.shape[0], -1, -1)
+    delta = F.softplus(dt.float() + dt_bias.float())  # (B, T, E)
+    if lengths is not None:
+        inside = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
+        delta = delta * inside[..., None]  # delta = 0 is the identity: h = exp(0) h + 0
+    drive = delta * u.float()
+    h, outputs = first, []
+    for t in range(u.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None], first, h)
+        decay = torch.exp(delta[:, t, :, None] * A.float())  # (B, E, N)
+        h = decay * h + drive[:, t, :, None] * B[:, t, None].float()
+        outputs.append((h * C[:, t, None].float()).sum(-1))
+    y = torch.stack(outputs, dim=1) + u.float() * D.float()
+    return (y * F.silu(gate.float())).to(u.dtype), h
+
+
+def attention(
+    q: Tensor,
+    positions: Tensor,
+    documents: Tensor | None,
+    sources: Sequence[KeyValue],
+    window: int | None,
+    n_meta: int,
+    scale: float,
+) -> Tensor:
+    """Grouped-query attention over keys that lie in several places: meta tokens, the cache, the new tokens.
+
+    q: (B, H, T, dk), positions: (B or 1, T), documents: (B, T) or None, sources: see `KeyValue`; `visible` says which
+    query sees which key; query head h reads key head h G / H (Ainslie et al., arXiv 2305.13245)
+    -> (B, T, H dv). A query that sees nothing (padding) gets some finite value.
+    """
+    B, H, T, _ = q.shape
+    G = sources[0].k.shape[1]
+    grouped = q.float().unflatten(1, (G, H // G))  # (B, G, R, T, dk)
+    scores = []
+    for source in sources:
+        see = visible(positions, source.positions, window, n_meta)  # (B or 1, T, S)
+        if documents is not None and source.documents is not None:
+            see = see & same_document(documents, source.documents)
+        score = torch.einsum("bgrtd,bgsd->bgrts", grouped, source.k.float().expand(B, -1, -1, -1))
+        scores.append(score.masked_fill(~see[:, None, None], torch.finfo(torch.float32).min))
+    weights = torch.softmax(torch.cat(scores, dim=-1) * scale, dim=-1)
+    y, first = 0, 0
+    for source in sources:
+        S = source.k.shape[2]
+        value = source.v.float().expand(B, -1, -1, -1)
+        y = y + torch.einsum("bgrts,bgsd->btgrd", weights[..., first : first + S], value)
+        first += S
+    return y.flatten(2).to(q.dtype)

@@ -3,6 +3,7 @@
 Files and names of Hugging Face checkpoints are the business of `convert.py`.
 """
 
+import reprlib
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import get_args, get_origin
@@ -10,7 +11,8 @@ from typing import get_args, get_origin
 from hymba.errors import UserError
 
 # beyond any model of this kind; a config that says more is broken, and must not make us allocate
-MAX_LAYERS, MAX_SIZE = 1024, 2**24
+MAX_LAYERS, MAX_SIZE = 512, 2**24
+MAX_REAL = 1e30
 ROPE_TYPES = ("none", "default", "ntk", "dynamic_ntk")
 QK_NORMS = ("none", "rms", "perhead-rms")
 MLP_ACTIVATIONS = ("silu", "relu2")
@@ -119,13 +121,20 @@ class HymbaConfig:
                      "d_conv", "dt_rank", "max_length"):  # fmt: skip
             limit = MAX_LAYERS if name == "n_layers" else MAX_SIZE
             if not 1 <= getattr(self, name) <= limit:
-                raise UserError(f"{name}={getattr(self, name)} must be from 1 to {limit}")
+                raise UserError(f"{name}={brief(getattr(self, name))} must be from 1 to {limit}")
         if not 0 <= self.n_meta <= MAX_SIZE:
-            raise UserError(f"n_meta={self.n_meta} must be from 0 (no meta tokens) to {MAX_SIZE}")
+            raise UserError(f"n_meta={brief(self.n_meta)} must be from 0 (no meta tokens) to {MAX_SIZE}")
         if self.window is not None and not 1 <= self.window <= MAX_SIZE:
-            raise UserError(f"window={self.window} must be from 1 to {MAX_SIZE}; None is full attention in every layer")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size}")
+            raise UserError(
+                f"window={brief(self.window)} must be from 1 to {MAX_SIZE}; None is full attention in every layer"
+            )
+        if self.rope_original_length is not None and not 1 <= self.rope_original_length <= MAX_SIZE:
+            raise UserError(
+                f"rope_original_length={brief(self.rope_original_length)} must be from 1 to {MAX_SIZE}, or None"
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise UserError(f"{name}={brief(getattr(self, name))} is outside the vocabulary of {self.vocab_size}")
         if self.d_model % self.n_heads:
             raise UserError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
         if self.n_heads % self.n_kv_heads:
@@ -136,7 +145,7 @@ class HymbaConfig:
         if self.rope != "none" and self.d_key % 2:
             raise UserError(f"RoPE needs an even head size, but d_model / n_heads = {self.d_key}")
         if self.rope in ("ntk", "dynamic_ntk"):
-            if self.rope_original_length is None or self.rope_original_length < 1:
+            if self.rope_original_length is None:
                 raise UserError(f"rope={self.rope!r} needs rope_original_length, the context length before rescaling")
             if self.d_key < 4:
                 raise UserError(
@@ -144,8 +153,9 @@ class HymbaConfig:
                 )
         if self.rope == "ntk" and 2 * self.max_length <= self.rope_original_length:
             raise UserError(f"rope='ntk' needs max_length={self.max_length} above half of rope_original_length")
-        if not self.rope_theta > 0 or not self.norm_eps > 0 or not self.init_std > 0:
-            raise UserError("rope_theta, norm_eps and init_std must be positive")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < MAX_REAL:  # false for NaN, too
+                raise UserError(f"{name}={brief(getattr(self, name))} must be above 0 and below {MAX_REAL:g}")
         for layer in self.global_layers:
             _layer_exists("global_layers", layer, self.n_layers)
         self._check_kv_groups()
@@ -154,13 +164,13 @@ class HymbaConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if not _fits(value, field.type):
-                raise UserError(f"{field.name}={value!r} must be {_spell(field.type)}")
+                raise UserError(f"{field.name}={brief(value)} must be {_spell(field.type)}")
 
     def _check_kv_groups(self) -> None:
         seen: set[int] = set()
         for group in self.kv_groups:
             if len(group) < 2 or list(group) != sorted(set(group)):
-                raise UserError(f"kv_groups: {list(group)} must name two or more layers in rising order")
+                raise UserError(f"kv_groups: {brief(list(group))} must name two or more layers in rising order")
             for layer in group:
                 _layer_exists("kv_groups", layer, self.n_layers)
                 if layer in seen:
@@ -184,12 +194,21 @@ def _family(n_layers: int, d_model: int, **values) -> HymbaConfig:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{name}={value!r} is not supported; choose from {', '.join(choices)}")
+        raise UserError(f"{name}={brief(value)} is not supported; choose from {', '.join(choices)}")
 
 
 def _layer_exists(name: str, layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
-        raise UserError(f"{name}: there is no layer {layer} in a model of {n_layers} layers (0 to {n_layers - 1})")
+        raise UserError(f"{name}: there is no layer {brief(layer)} in a model of {n_layers} layers (0 to {n_layers - 1})")
+
+
+def brief(value) -> str:
+    """`repr` for an error message: in one line and not too long, however large or deep the value is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
 
 
 def _fits(value, kind) -> bool:

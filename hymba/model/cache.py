@@ -114,7 +114,10 @@ class RowSnapshot:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 header = json.loads(metadata.pop("hymba_row"))
-                row = cls({name: file.get_tensor(name) for name in file.keys()}, header["length"], header["model"])
+                length, model = header["length"], header["model"]
+                if type(length) is not int or length < 0 or not isinstance(model, str):
+                    raise ValueError(f"its header is {header}")
+                row = cls({name: file.get_tensor(name) for name in file.keys()}, length, model)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -134,7 +137,12 @@ class HymbaCache:
         fingerprint: str = "",
     ):
         """meta: what the meta tokens leave in every layer (batch 1); it gives dtype and device too."""
-        self.config, self.meta, self.max_length, self.fingerprint = config, meta, max_length, fingerprint
+        self.config, self.max_length, self.fingerprint = config, max_length, fingerprint
+        # copies: a forward pass gives views, and each would keep a whole activation alive
+        own = lambda x: x.clone(memory_format=torch.contiguous_format)  # noqa: E731
+        self.meta = [
+            LayerState(own(conv), own(ssm), kv and kv._replace(k=own(kv.k), v=own(kv.v))) for conv, ssm, kv in meta
+        ]
         c, like = config, meta[0].conv
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
@@ -224,7 +232,7 @@ class HymbaCache:
 
 
 def fingerprint(config: HymbaConfig, weights: list[Tensor]) -> str:
-    """Names a model by its config and some of its weights, so that a saved row is not continued by another one."""
+    """Names a model by its config and a sample of its weights, so that a saved row is not continued by another one."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for x in weights:
         digest.update(str(x.dtype).encode() + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -148,7 +148,8 @@ class Hymba(nn.Module):
 
         input_ids: (B, T) int; attention_mask: (B, T), nonzero where a token counts: padding may stand on either side
         and changes nothing; document_ids: (B, T), rows that are packed of several documents: equal and neighbouring
-        ids are one document, which sees the meta tokens and itself only; cache: continue its rows, and advance them;
+        ids are one document, which sees the meta tokens and itself only; cache: continue its rows and advance them,
+        without gradients;
         labels: (B, T), usually the input ids: they are shifted here, and -100 is left out
         -> logits (B, T, V), or the mean loss in nats, a float32 scalar
 
@@ -197,9 +198,11 @@ class Hymba(nn.Module):
             order = counts.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # left-align every row
             input_ids = input_ids.gather(1, order)
             document_ids = None if document_ids is None else document_ids.gather(1, order)
-        for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):
-            pass
-        x = self.norm(x)
+        # what a cache is given stays there, and would keep the graph of every step alive
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):
+                pass
+            x = self.norm(x)
         if order is not None:
             x = torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
         return x
@@ -323,7 +326,7 @@ class Hymba(nn.Module):
                 f"cache is exact up to max_length={c.rope_original_length - c.n_meta} only; ask for that"
             )
         meta = self.meta_states(torch.zeros(1, dtype=torch.int64, device=self.meta_tokens.device))
-        name = fingerprint(c, [self.meta_tokens, self.norm.weight])
+        name = fingerprint(c, [parameter.flatten()[:64] for parameter in self.parameters()])
         return HymbaCache(c, meta, batch_size, max_length, name)
 
     @classmethod

@@ -1,0 +1,182 @@
+"""`LLM`: a checkpoint, its tokenizer and the engine behind one object that turns text into text."""
+
+import os
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+
+import torch
+
+from hymba.config import HymbaConfig
+from hymba.convert import resolve
+from hymba.engine.engine import Engine
+from hymba.engine.sampling import SamplingParams, TokenLogprobs
+from hymba.engine.sequence import Sequence
+from hymba.errors import UserError
+from hymba.model.hymba import Hymba
+from hymba.tokenizer import Tokenizer
+
+Prompt = str | Ids[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop": an end token or a stop text; "length": max_tokens or the context is reached
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its `n` completions; the first one's fields can be read directly."""
+
+    prompt: str | None
+    prompt_ids: list[int]
+    completions: list[Completion]
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.completions[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.completions[0].logprobs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a completion, as soon as it is certain."""
+
+    prompt_index: int
+    completion_index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+class LLM:
+    """Text in, text out.
+
+        llm = hymba.LLM("checkpoint")
+        llm.generate(["Emma was", "It is"], hymba.SamplingParams(max_tokens=64, temperature=0.0))
+
+    Raises `UserError` for a checkpoint or a prompt that cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | str = "auto",
+        max_batch: int = 8,
+        max_length: int | None = None,
+    ):
+        """path: folder or hub id; device: `auto` is the GPU if there is one; dtype: `auto` is the checkpoint's;
+        max_batch: prompts that are worked on at the same time; max_length: tokens of prompt and completion."""
+        folder = resolve(path)
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
+                f"{self.model.config.vocab_size}; they do not belong together"
+            )
+        self.engine = Engine(self.model, max_batch=max_batch, max_length=max_length)
+
+    @property
+    def config(self) -> HymbaConfig:
+        return self.model.config
+
+    def generate(self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
+        """Complete prompts (texts, or lists of token ids), batched; results are in the order of the prompts."""
+        prompts = as_list(prompts)
+        requests = self.submit(prompts, params)
+        while not all(s.finished for request in requests for s in request):
+            self.engine.step()
+        return [
+            RequestOutput(
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_ids=request[0].prompt_ids,
+                completions=[
+                    Completion(s.text, s.token_ids, s.finish_reason, None if s.params.logprobs is None else s.logprobs)
+                    for s in request
+                ],
+            )
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+
+    def stream(self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Complete prompts and yield text as it becomes certain; a caller who stops early stops the work."""
+        requests = self.submit(as_list(prompts), params)
+        places = {s: (i, j) for i, request in enumerate(requests) for j, s in enumerate(request)}
+        shown = dict.fromkeys(places, (0, 0))
+        try:
+            while not all(s.finished for s in places):
+                for s in self.engine.step():
+                    text, ids = shown[s]
+                    if len(s.text) > text or s.finished:
+                        shown[s] = len(s.text), len(s.token_ids)
+                        yield Chunk(*places[s], s.text[text:], s.token_ids[ids:], s.finish_reason)
+        finally:
+            for s in places:
+                self.engine.cancel(s)
+
+    def submit(
+        self, prompts: list[Prompt], params: SamplingParams | None = None, *, keep: bool = False
+    ) -> list[list[Sequence]]:
+        """Queue prompts at the engine without waiting -> for every prompt its `params.n` sequences.
+
+        keep: the engine is to remember what was read, for a prompt that continues it. Nothing is queued if one of the
+        prompts cannot be read.
+        """
+        params = params or SamplingParams()
+        encoded = []
+        for i, prompt in enumerate(prompts):
+            try:
+                if isinstance(prompt, str) and not prompt:
+                    raise UserError("the prompt is empty; give at least one character")
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                self.engine.check_prompt(ids)
+            except UserError as error:
+                raise UserError(f"prompt {i + 1}: {error}" if len(prompts) > 1 else str(error)) from None
+            encoded.append(ids)
+        requests = [
+            [
+                Sequence(
+                    ids,
+                    params,
+                    index=index,
+                    vocab_size=self.config.vocab_size,
+                    max_length=self.engine.max_length,
+                    eos_token_id=self.config.eos_token_id,
+                    detokenizer=self.tokenizer.detokenizer(ids),
+                    keep=keep and index == 0,
+                )
+                for index in range(params.n)
+            ]
+            for ids in encoded
+        ]
+        self.engine.add(sequence for request in requests for sequence in request)
+        return requests
+
+
+def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or many -> many. A list of integers is one prompt of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and all(isinstance(item, int) for item in prompts) else prompts

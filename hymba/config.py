@@ -156,6 +156,8 @@ class HymbaConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < MAX_REAL:  # false for NaN, too
                 raise UserError(f"{name}={brief(getattr(self, name))} must be above 0 and below {MAX_REAL:g}")
+        if len(set(self.global_layers)) < len(self.global_layers):
+            raise UserError(f"global_layers: {brief(list(self.global_layers))} names a layer twice")
         for layer in self.global_layers:
             _layer_exists("global_layers", layer, self.n_layers)
         self._check_kv_groups()
@@ -199,7 +201,9 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _layer_exists(name: str, layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
-        raise UserError(f"{name}: there is no layer {brief(layer)} in a model of {n_layers} layers (0 to {n_layers - 1})")
+        raise UserError(
+            f"{name}: there is no layer {brief(layer)} in a model of {n_layers} layers (0 to {n_layers - 1})"
+        )
 
 
 def brief(value) -> str:

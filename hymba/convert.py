@@ -1,4 +1,4 @@
-"""Checkpoints in the official layout: `config.json`, tensor names, safetensors files. Hugging Face names live here only.
+"""Checkpoints in the official layout: `config.json`, tensor names, safetensors files. Names of Hugging Face stay here.
 
 A checkpoint that we write has exactly the names and shapes of the released one. What a config may express but this
 package does not compute is refused by name, never ignored. Weights are read from safetensors only; pickle is refused.
@@ -7,7 +7,7 @@ package does not compute is refused by name, never ignored. Weights are read fro
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from hymba.config import HymbaConfig
+from hymba.config import MAX_LAYERS, HymbaConfig, brief
 from hymba.errors import UserError
 from hymba.files import write_files
 
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # as transformers splits files
 MAX_SHARD_BYTES = 5 * 10**9
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# a config has kilobytes, the index of the largest model a megabyte; parsed, JSON may be thirty times larger
+MAX_JSON_BYTES = 2**22
 OFFICIAL_CODE = "nvidia/Hymba-1.5B-Base"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,14 +111,14 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
     if not isinstance(values, dict):
         raise UserError(f"{CONFIG_FILE} must hold a JSON object")
     if values.get("model_type") != "hymba":
-        raise UserError(f"{CONFIG_FILE}: model_type {values.get('model_type')!r} is not 'hymba'; this is another model")
+        raise UserError(f"{CONFIG_FILE}: model_type={brief(values.get('model_type'))} is another model, not 'hymba'")
     for key in sorted(set(values) - {*SAME_VALUE, *REQUIRED_VALUE, *WITHOUT_EFFECT, *INTERPRETED}):
-        raise UserError(f"{CONFIG_FILE}: unknown setting {key!r}; remove it if the model does not need it")
+        raise UserError(f"{CONFIG_FILE}: unknown setting {brief(key)}; remove it if the model does not need it")
     for key, allowed in REQUIRED_VALUE.items():
         if key in values and (
             values[key] not in allowed or isinstance(values[key], bool) != isinstance(allowed[0], bool)
         ):
-            raise UserError(f"{CONFIG_FILE}: {key}={values[key]!r} is not supported, only {allowed[0]!r}")
+            raise UserError(f"{CONFIG_FILE}: {key}={brief(values[key])} is not supported, only {allowed[0]!r}")
     for key in SAME_VALUE:
         if key not in values and key not in OPTIONAL:
             raise UserError(f"{CONFIG_FILE}: {key!r} is missing")
@@ -122,7 +127,7 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
         config = HymbaConfig(
             **same,
             dt_rank=_dt_rank(values),
-            global_layers=() if values.get("sliding_window") is None else _integers(values, "global_attn_idx"),
+            global_layers=_global_layers(values),
             kv_groups=_kv_groups(values),
             rope=_rope(values),
         )
@@ -155,10 +160,13 @@ def config_to_official(config: HymbaConfig, dtype: torch.dtype) -> dict[str, Any
         "kv_reuse_group": [list(group) for group in c.kv_groups] or None,
         "layer_type": ["h"] * c.n_layers,
         "mamba_dt_rank": c.dt_rank,
+        "output_router_logits": False,
         "rope": c.rope != "none",
         "rope_type": None if c.rope == "none" else c.rope,
+        "router_aux_loss_coef": 0.001,
         "seq_length": c.max_length,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": "4.44.0",  # that the released code was written for
         "use_cache": False,
         "use_mamba_kernels": True,
         "v_head_dim": c.d_value,
@@ -172,11 +180,17 @@ def _in_official_words(message: str) -> str:
     return re.sub(r"\b[a-z]\w+\b", lambda match: names.get(match[0], match[0]), message)
 
 
-def _integers(values: dict[str, Any], key: str) -> tuple[int, ...]:
-    value = values.get(key)
+def _layers(key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise UserError(f"{key}={value!r} must be a list of layers")
+        raise UserError(f"{key}: {brief(value)} must be a list of layers")
     return tuple(value)
+
+
+def _global_layers(values: dict[str, Any]) -> tuple[int, ...]:
+    layers = values.get("global_attn_idx")
+    if layers is None and values.get("sliding_window") is None:  # then every layer is global
+        return ()
+    return _layers("global_attn_idx", layers)
 
 
 def _dt_rank(values: dict[str, Any]) -> int:
@@ -187,14 +201,14 @@ def _dt_rank(values: dict[str, Any]) -> int:
 def _kv_groups(values: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
     groups, every = values.get("kv_reuse_group"), values.get("kv_reuse_every_i_layer", -1)
     if type(every) is not int:
-        raise UserError(f"kv_reuse_every_i_layer={every!r} must be an integer; -1 means none")
+        raise UserError(f"kv_reuse_every_i_layer={brief(every)} must be an integer; -1 means none")
     if groups is not None:
         if not isinstance(groups, list):
-            raise UserError(f"kv_reuse_group={groups!r} must be a list of lists of layers")
+            raise UserError(f"kv_reuse_group={brief(groups)} must be a list of lists of layers")
         # a group of one layer shares with nobody
-        return tuple(group for g in groups if len(group := _integers({"kv_reuse_group": g}, "kv_reuse_group")) > 1)
+        return tuple(group for g in groups if len(group := _layers("kv_reuse_group", g)) > 1)
     n = values["num_hidden_layers"]
-    if every < 2 or type(n) is not int or n > 1024:  # HymbaConfig refuses the latter two
+    if every < 2 or type(n) is not int or n > MAX_LAYERS:  # HymbaConfig refuses the latter two
         return ()
     return tuple(tuple(range(i, min(i + every, n))) for i in range(0, n - 1, every))
 
@@ -212,26 +226,26 @@ def _check_sizes(values: dict[str, Any], config: HymbaConfig) -> None:
     expected = {"attn_hidden_size": c.d_model, "kq_head_dim": c.d_key}
     for key, size in expected.items():
         value = values.get(key, -1)
-        if value != size and not (isinstance(value, int) and value <= 0):
+        if type(value) is not int or (value > 0 and value != size):
             raise UserError(
-                f"{CONFIG_FILE}: {key}={value!r} is not supported, only {size} (or -1) with this hidden_size"
+                f"{CONFIG_FILE}: {key}={brief(value)} is not supported, only {size} (or -1) with this hidden_size"
             )
-    if values.get("layer_type", None) not in (None, ["h"] * c.n_layers):
+    if values.get("layer_type") not in (None, ["h"] * c.n_layers):
         raise UserError(f"{CONFIG_FILE}: layer_type must be 'h' (hybrid heads) for each of {c.n_layers} layers")
-    widths = values.get("conv_dim")
-    if widths is not None and (not isinstance(widths, dict) or any(width != c.d_inner for width in widths.values())):
+    if values.get("conv_dim") not in (None, {str(i): c.d_inner for i in range(c.n_layers)}):
         raise UserError(f"{CONFIG_FILE}: conv_dim must be {c.d_inner} (mamba_expand * hidden_size) for every layer")
-    if "rope" in values and not isinstance(values["rope"], bool):
-        raise UserError(f"{CONFIG_FILE}: rope={values['rope']!r} must be true or false")
+    if not isinstance(values.get("rope", True), bool):
+        raise UserError(f"{CONFIG_FILE}: rope={brief(values['rope'])} must be true or false")
 
 
 # -------------------------------------------------------------------------------------------------------- tensor names
 
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP_NAMES = {
     "meta_tokens": "model.memory_tokens",
-    "embedding.weight": "model.embed_tokens.weight",
+    "embedding.weight": EMBEDDING,
     "norm.weight": "model.final_layernorm.weight",
-    "lm_head.weight": "lm_head.weight",
+    "lm_head.weight": LM_HEAD,
 }
 BLOCK_NAMES = {
     "heads_norm.weight": "input_layernorm.weight",
@@ -287,10 +301,13 @@ def from_official_shape(name: str, x: Tensor) -> Tensor:
 def resolve(path: str | os.PathLike) -> Path:
     """A folder with a checkpoint: a path, or a Hugging Face hub id (`owner/name`), which is fetched into its cache."""
     folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{path} is a file; name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise UserError(f"{path} is a file; name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    except OSError as error:  # no permission, a name too long
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
         raise UserError(f"{path}: no such folder (and no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download  # not needed by anyone who loads from a folder
@@ -299,17 +316,31 @@ def resolve(path: str | os.PathLike) -> Path:
         wanted = ["*.json", "*.safetensors", "*.jinja"]
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # the hub's client raises errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: no such folder, and the hub could not give it ({reason})") from None
+        raise UserError(f"{path}: no such folder, and the hub could not give it ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """The gist of an error, in one line."""
+    lines = (getattr(error, "strerror", None) or str(error)).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def read_json(path: Path) -> Any:
+    """What a small JSON file holds. Raises `UserError` if it is missing, too large or no JSON."""
     try:
+        if not path.is_file():  # nor a folder or a pipe, on which reading would wait for ever
+            raise UserError(f"{path.parent} is no checkpoint: {path.name} is {_absence(path)}")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is too large; it should have a few kilobytes")
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no checkpoint: {path.name} is missing") from None
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} is not readable JSON ({_reason(error)})") from None
+
+
+def _absence(path: Path) -> str:
+    return "not a file" if path.exists() else "missing"
 
 
 def load_config(folder: Path) -> tuple[HymbaConfig, torch.dtype | None]:
@@ -317,8 +348,8 @@ def load_config(folder: Path) -> tuple[HymbaConfig, torch.dtype | None]:
     values = read_json(folder / CONFIG_FILE)
     config = config_from_official(values)
     name = values.get("torch_dtype", values.get("dtype"))
-    if name is not None and name not in DTYPES:
-        raise UserError(f"{CONFIG_FILE}: torch_dtype={name!r} is not supported; choose from {', '.join(DTYPES)}")
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+        raise UserError(f"{CONFIG_FILE}: torch_dtype={brief(name)} is not supported; choose from {', '.join(DTYPES)}")
     return config, DTYPES.get(name)
 
 
@@ -342,27 +373,35 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
     folder = resolve(path)
     config, stored = load_config(folder)
     dtype = parse_dtype(dtype, stored)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter in a build of PyTorch without CUDA
+        raise UserError(f"device {str(device)!r} cannot be used here ({_reason(error)})") from None
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
-        layers = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        layers = {match[1] for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
         if len(layers) != config.n_layers:
             raise UserError(
                 f"{folder}: {CONFIG_FILE} says num_hidden_layers={config.n_layers}, the weights are of {len(layers)}"
             )
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInit():
                 model = Hymba(config)
         except RuntimeError as error:  # sizes whose product no tensor can have
-            raise UserError(f"{folder}: the sizes in {CONFIG_FILE} are too large ({error})") from None
+            raise UserError(f"{folder}: the sizes in {CONFIG_FILE} are too large ({_reason(error)})") from None
         _check_tensors(folder, model, tensors)
         for name, official, parameter in list(stored_parameters(model)):
-            try:
-                x = from_official_shape(name, tensors[official].get_tensor(official))
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise UserError(f"{folder}: tensor {official} cannot be read ({error})") from None
+            x = from_official_shape(name, _read_tensor(folder, tensors, official))
             # A is exponentiated twice: the released model keeps it in float32 whatever its dtype
             kept = torch.float32 if name.endswith("A_log") else dtype
             _assign(model, name, nn.Parameter(x.to(device, kept), requires_grad=parameter.requires_grad))
+        if config.tie_embeddings and LM_HEAD in tensors:  # some writers keep a copy of the tied weight
+            copy, embedding = (_read_tensor(folder, tensors, name) for name in (LM_HEAD, EMBEDDING))
+            if copy.dtype != embedding.dtype or not torch.equal(copy, embedding):
+                raise UserError(
+                    f"{folder}: {LM_HEAD} differs from {EMBEDDING}, though {CONFIG_FILE} says tie_word_embeddings; "
+                    "set that to false, or remove the tensor"
+                )
     if config.n_meta == 0:
         model.meta_tokens = nn.Parameter(torch.empty(0, config.d_model, device=device, dtype=dtype))
     if config.tie_embeddings:
@@ -370,53 +409,76 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
     return model.eval()
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Leave out `torch.nn.init`: there is nothing to fill on the meta device, but to find that out for normally
+    distributed weights PyTorch imports its compiler, which takes a second and 150 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
 def save_model(model: "Hymba", directory: str | os.PathLike, *, max_shard_bytes: int | None = None) -> None:
-    """Write `config.json` and the weights, in one file or in shards of at most `max_shard_bytes` with an index."""
-    folder, limit = Path(directory), max_shard_bytes or MAX_SHARD_BYTES
-    if folder.exists() and not folder.is_dir():
+    """Write `config.json` and the weights, in one file or in shards of at most `max_shard_bytes` with an index.
+
+    Raises `UserError` if that is not possible; then the checkpoint that was there is as before.
+    """
+    folder, limit = Path(directory), MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
+    if os.path.isfile(folder):
         raise UserError(f"{folder} is a file; name a folder to save into")
+    if limit < 1:
+        raise UserError(f"max_shard_bytes={limit} must be positive")
+    # that of nearly all weights: A_log is always float32
+    dtype = model.embedding.weight.dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"weights of {dtype} cannot be saved; convert them to one of {', '.join(DTYPES)} before")
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, official, parameter in stored_parameters(model):
-        x = to_official_shape(name, parameter.detach()).cpu().contiguous()
-        bytes_ = x.numel() * x.element_size()
+        bytes_ = parameter.numel() * parameter.element_size()
         if shards[-1] and size + bytes_ > limit:
             shards.append({})
             size = 0
-        shards[-1][official] = x
+        shards[-1][official] = to_official_shape(name, parameter.detach())
         size, total = size + bytes_, total + bytes_
     n = len(shards)
     names = [WEIGHTS_FILE] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    # the dtype of nearly all weights: A_log is always float32
-    config = config_to_official(model.config, model.embedding.weight.dtype)
     writers = {folder / name: _tensor_writer(shard) for name, shard in zip(names, shards, strict=True)}
     if n > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         writers[folder / INDEX_FILE] = _json_writer(index)
-    writers[folder / CONFIG_FILE] = _json_writer(config)
+    writers[folder / CONFIG_FILE] = _json_writer(config_to_official(model.config, dtype))
     write_files(writers)
-    # weights of an earlier save in the other form would be read in place of these
-    for stale in {p for p in folder.glob("model*.safetensors*")} - set(writers):
-        stale.unlink()
+    # weights of an earlier save in the other form: first the single file, which would be read in place of these
+    stale = {path for path in folder.iterdir() if OUR_FILES.fullmatch(path.name)} - set(writers)
+    for path in sorted(stale, reverse=True):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"{path} is of an earlier save and cannot be removed ({_reason(error)})") from None
 
 
-def _tensor_writer(tensors: dict[str, Tensor]):
-    return lambda path: save_file(tensors, path, metadata={"format": "pt"})
+def _tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        # from a GPU, one shard at a time
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, metadata={"format": "pt"})
+
+    return write
 
 
-def _json_writer(value: Any):
+def _json_writer(value: Any) -> Callable[[Path], None]:
     return lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Open the weight files; nothing is read yet -> {official name: open file}"""
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-    if single.exists():
+    if os.path.lexists(single):  # a link that leads nowhere is a fault to report, not to pass over
         file = _open_file(single, stack)
         return dict.fromkeys(file.keys(), file)
-    if not index.exists():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not os.path.lexists(index):
+        pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickled:
             raise UserError(
                 f"{folder}: {pickled[0]} is a pickle, which can run any code when it is read, and is refused; "
@@ -427,36 +489,48 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
-    files = {}
+    files, held = {}, {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise UserError(f"{index}: {name!r} is not the name of a file beside it")
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 255:
+            raise UserError(f"{index}: {brief(name)} is not the name of a safetensors file beside it")
         files[name] = _open_file(folder / name, stack)
+        held[name] = set(files[name].keys())
     for tensor, name in weight_map.items():
-        if tensor not in files[name].keys():
-            raise UserError(f"{folder / name}: tensor {tensor} is missing, though the index places it there")
+        if tensor not in held[name]:
+            raise UserError(f"{folder / name}: tensor {brief(tensor)} is missing, though {INDEX_FILE} places it there")
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
-def _open_file(path: Path, stack: ExitStack):
+def _open_file(path: Path, stack: ExitStack) -> Any:
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is {_absence(path)}")
         return stack.enter_context(safe_open(path, framework="pt"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, though the index names it") from None
+    except UserError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is no intact safetensors file ({error}); fetch or save it again") from None
+        raise UserError(f"{path} is no intact safetensors file ({_reason(error)}); fetch or save it again") from None
+
+
+def _read_tensor(folder: Path, tensors: dict[str, Any], name: str) -> Tensor:
+    try:
+        x = tensors[name].get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: tensor {name} cannot be read ({_reason(error)})") from None
+    # the format lets tensors begin at any byte; kernels want whole elements
+    return x.clone() if x.data_ptr() % x.element_size() else x
 
 
 def _check_tensors(folder: Path, model: nn.Module, tensors: dict[str, Any]) -> None:
     expected = {official: to_official_shape(name, p) for name, official, p in stored_parameters(model)}
     found = set(tensors)
     if model.config.tie_embeddings:
-        found.discard(official_name("lm_head.weight"))  # some writers keep a copy of the tied weight
+        found.discard(LM_HEAD)  # compared when it is read
     for problem, names in (("missing", set(expected) - found), ("not part of this model", found - set(expected))):
         if names:
             first = sorted(names)
             more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-            raise UserError(f"{folder}: tensor {first[0]}{more} {'is' if not more else 'are'} {problem}")
+            raise UserError(f"{folder}: tensor {brief(first[0])}{more} {'are' if more else 'is'} {problem}")
     for name, x in expected.items():
         piece = tensors[name].get_slice(name)
         if tuple(piece.get_shape()) != tuple(x.shape):

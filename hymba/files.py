@@ -50,7 +50,7 @@ def atomic_writes(paths: list[str | os.PathLike]) -> Iterator[list[Path]]:
     except (OSError, SafetensorError) as error:
         where = targets[0] if len(targets) == 1 else targets[0].parent
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{where} cannot be written ({reason}); make room, or choose another place") from error
+        raise UserError(f"cannot write {where} ({reason}); make room, or choose another place") from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)

@@ -123,17 +123,15 @@ class Tokenizer:
         return cls({name: _read(folder / name) for name in present}, folder)
 
     def save_pretrained(self, directory: str | PathLike) -> None:
-        """Write the files that the tokenizer was made from, unchanged; another tokenizer's files there are replaced."""
+        """Write the files that the tokenizer was made from, unchanged; another tokenizer's files there are replaced.
+
+        Raises `UserError` if they cannot be written.
+        """
         folder = Path(directory)
-        try:
-            write_files({folder / name: partial(_write, text) for name, text in self._files.items()})
-            for name in OPTIONAL_FILES:  # one that is left over would be read together with ours
-                if name not in self._files:
-                    (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the tokenizer to {folder}: {error.strerror}; choose another folder"
-            ) from error
+        write_files({folder / name: partial(_write, text) for name, text in self._files.items()})
+        for name in OPTIONAL_FILES:  # one that is left over would be read together with ours
+            if name not in self._files:
+                (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def train(

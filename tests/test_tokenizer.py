@@ -357,7 +357,7 @@ def test_saving_leaves_no_file_of_another_tokenizer(tmp_path):
 
 def test_saving_where_one_cannot(tmp_path):
     (tmp_path / "file").write_text("")
-    is_error(lambda: byte_level().save_pretrained(tmp_path / "file"), "cannot write", "file")
+    is_error(lambda: byte_level().save_pretrained(tmp_path / "file"), str(tmp_path / "file"))
 
 
 def test_a_used_tokenizer_can_be_sent_to_another_process():

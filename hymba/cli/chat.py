@@ -2,11 +2,13 @@
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hymba.cli.options import field_options, model_options
+from hymba.cli.terminal import dim, printable, waiting
 from hymba.engine.sampling import SamplingParams
 from hymba.errors import UserError
 
@@ -17,10 +19,10 @@ HELP = """/reset         begin a new conversation
 /quit          leave (or Ctrl-D); Ctrl-C stops a reply"""
 
 
-@click.command(epilog="Example:  hymba chat -m checkpoint --system 'Answer in one sentence.' --temperature 0.7")
+@click.command(epilog="\b\nExample:\n  hymba chat -m checkpoint --system 'Answer in one sentence.' --temperature 0.7")
 @model_options
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation begins.")
-@field_options(SamplingParams, max_tokens=512)
+@field_options(SamplingParams, without=("n", "logprobs"), max_tokens=512)
 def chat(system: str | None, **options: Any) -> None:
     """Talk to a model in the terminal. Between turns it keeps what it has read, so a long talk stays fast.
 
@@ -31,62 +33,61 @@ def chat(system: str | None, **options: Any) -> None:
     /help          this list
     /quit          leave (or Ctrl-D); Ctrl-C stops a reply
     """
-    params = SamplingParams(**{name: options.pop(name) for name in SamplingParams.__dataclass_fields__})
-    if params.n != 1:
-        raise UserError(f"n={params.n}: a conversation has one reply at a time")
-    from hymba.engine.chat import Chat
-    from hymba.engine.llm import LLM
-
+    params = SamplingParams(
+        **{name: options.pop(name) for name in SamplingParams.__dataclass_fields__ if name in options}
+    )
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
-    llm = LLM(options.pop("model"), max_batch=1, **options)
-    session = Chat(llm, params, system)
-    interactive = sys.stdin.isatty()
+    with waiting("loading"):
+        from hymba.engine.chat import Chat
+        from hymba.engine.llm import LLM
+
+        session = Chat(LLM(options.pop("model"), max_batch=1, **options), params, system)
     if interactive:
         click.secho("Say something; /help lists the commands.", dim=True)
     while True:
         try:
             line = input("> " if interactive else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from None
-        except KeyboardInterrupt:  # as in a shell: a fresh line
-            print()
-            continue
-        try:
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):
-                click.secho(_command(session, line), dim=True)
+                print(dim(_command(session, line)))
             elif line.strip():
                 _reply(session, line)
-        except UserError as error:  # a conversation is not lost by a slip
-            click.echo(f"hymba: {error}", err=True)
+        except EOFError:
+            if interactive:
+                print()  # the shell's prompt begins a line
+            return
+        except KeyboardInterrupt:  # as in a shell: a fresh line
             if not interactive:
                 raise
+            print()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from None
+        except UserError as error:  # a conversation is not lost by a slip
+            if not interactive:
+                raise
+            print(f"hymba: {error}", file=sys.stderr)
 
 
 def _command(session, line: str) -> str:
     """Run a slash command -> what to tell the user."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    name, _, argument = line.strip().partition(" ")
+    file = Path(argument.strip()).expanduser()
     if name == "/help":
         return HELP
     if name == "/reset":
         session.reset()
         return "A new conversation."
-    if name in ("/save", "/load") and not argument:
+    if name in ("/save", "/load") and not argument.strip():
         raise UserError(f"{name} needs a file name")
     if name == "/save":
-        try:
-            session.save(argument)
-        except OSError as error:
-            raise UserError(f"{argument}: {error.strerror}") from None
-        return f"Saved {len(session.messages)} messages to {argument}."
+        session.save(file)
+        return f"Saved {len(session.messages)} messages to {file}."
     if name == "/load":
-        session.load(argument)
-        return f"Loaded {len(session.messages)} messages from {argument}."
+        session.load(file)
+        return f"Loaded {len(session.messages)} messages from {file}."
     raise UserError(f"unknown command {name}; /help lists the commands")
 
 
@@ -94,10 +95,12 @@ def _reply(session, text: str) -> None:
     reply = session.send(text)
     try:
         for piece in reply:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
     except KeyboardInterrupt:
         print()
-        click.secho("(stopped)", dim=True)
+        print(dim("(stopped)"))
     finally:
         reply.close()
+    if session.finish_reason == "length":
+        print(dim("(cut off by --max-tokens, or by the end of the context)"))

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from hymba.cli.terminal import waiting
 from hymba.errors import UserError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@click.command(epilog="Example:  hymba convert checkpoint checkpoint-fp32 --dtype float32 --max-shard 2GB")
+@click.command(epilog="\b\nExample:\n  hymba convert checkpoint checkpoint-fp32 --dtype float32 --max-shard 2GB")
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", default="auto", show_default=True,
@@ -22,15 +23,16 @@ def convert(source: str, target: Path, dtype: str, max_shard: str | None) -> Non
     Both are in the official layout: official tensor names and config, safetensors, one file or shards with an index.
     """
     limit = None if max_shard is None else parse_size(max_shard)
-    from hymba.convert import load_model, resolve
-    from hymba.tokenizer import Tokenizer
+    with waiting("converting"):
+        from hymba.convert import load_model, resolve
+        from hymba.tokenizer import Tokenizer
 
-    folder = resolve(source)
-    model = load_model(folder, device="cpu", dtype=dtype)
-    tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
-    model.save_pretrained(target, max_shard_bytes=limit)
-    if tokenizer:
-        tokenizer.save_pretrained(target)
+        folder = resolve(source)
+        model = load_model(folder, device="cpu", dtype=dtype)
+        tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+        model.save_pretrained(target, max_shard_bytes=limit)
+        if tokenizer:
+            tokenizer.save_pretrained(target)
     files = sorted(target.glob("model*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{target}: {size / 10**6:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}")

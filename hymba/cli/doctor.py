@@ -11,7 +11,7 @@ PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "j
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16", "i8mm")
 
 
-@click.command(epilog="Example:  hymba doctor --json")
+@click.command(epilog="\b\nExample:\n  hymba doctor --json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Show what this machine offers, which backend computes what, and why a fast path is off."""

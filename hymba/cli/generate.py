@@ -1,6 +1,7 @@
 """`hymba generate`"""
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -10,20 +11,36 @@ from typing import Any
 import click
 
 from hymba.cli.options import field_options, model_options
+from hymba.cli.terminal import dim, job, printable, waiting
 from hymba.engine.sampling import SamplingParams
 from hymba.errors import UserError
 
 
 @click.command(
-    epilog='Example:  hymba generate -m checkpoint "It is a truth" "Emma was" --max-tokens 64 --temperature 0'
+    epilog="""\b
+    Examples:
+      hymba generate -m checkpoint "It is a truth" "Emma was" --max-tokens 64 --temperature 0
+      hymba generate -m checkpoint --file prompts.txt --lines --json > completions.jsonl"""
 )
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
-@click.option("-f", "--file", "files", multiple=True, type=click.Path(), help="Read a prompt from a file; - is stdin.")
-@click.option("--lines", is_flag=True, help="Every line of a file or of stdin is a prompt of its own.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(),
+    help="Read a prompt from a file; - is stdin. May be given several times.",
+)
+@click.option("--lines", is_flag=True, help="Each line of the files or of stdin is a prompt.")
 @click.option("--max-batch", default=8, show_default=True, type=click.IntRange(1), help="Prompts at the same time.")
 @click.option("--stream", is_flag=True, help="Show the text while it is made.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a completion, in the order of the prompts.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON object a completion, or with --stream a piece, on a line of its own.",
+)
 @field_options(SamplingParams)
 def generate(
     prompts: tuple[str, ...], files: tuple[str, ...], lines: bool, stream: bool, as_json: bool, **options: Any
@@ -32,84 +49,79 @@ def generate(
 
     Many prompts are worked on together, and each gets the same text as it would get alone.
     """
-    texts = [*prompts, *read_prompts(files or (() if prompts else ("-",)), lines)]
-    if not texts:
-        raise UserError("there is no prompt; give one as an argument, with --file, or on stdin")
+    if options["logprobs"] is not None and (stream or not as_json):
+        raise UserError("--logprobs are shown by --json without --stream only")
     params = SamplingParams(**{name: options.pop(name) for name in SamplingParams.__dataclass_fields__})
-    from hymba.engine.llm import LLM  # after the arguments are known to be good: PyTorch takes its time
+    sources = files or (() if prompts else ("-",))
+    if lines and not sources:
+        raise UserError("--lines is about files and stdin, but the prompts are arguments")
+    texts = [*prompts, *read_prompts(sources, lines)]
+    options["max_batch"] = min(options["max_batch"], len(texts) * params.n)
+    with waiting("loading"):
+        from hymba.engine.llm import LLM  # after the arguments are known to be good: PyTorch takes its time
 
-    llm = LLM(options.pop("model"), **options)
+        llm = LLM(options.pop("model"), **options)
     if stream and as_json:
         for chunk in llm.stream(texts, params):
             print(json.dumps(asdict(chunk), ensure_ascii=False), flush=True)
     elif stream and len(texts) * params.n == 1:
-        print(texts[0], end="", flush=True)
+        print(printable(texts[0]), end="", flush=True)
         for chunk in llm.stream(texts, params):
-            print(chunk.text, end="", flush=True)
+            print(printable(chunk.text), end="", flush=True)
         print()
     elif stream:
         _stream_many(llm, texts, params)
     else:
-        _show(texts, _with_progress(llm, texts, params), as_json)
+        _complete(llm, texts, params, as_json)
 
 
 def read_prompts(files: Iterable[str], lines: bool) -> list[str]:
     """Prompts from files, `-` being stdin: a file is one prompt, or with `lines` every line that is not blank."""
     texts = []
     for name in files:
-        if name == "-" and sys.stdin.isatty():
+        if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
             raise UserError("there is no prompt; give one as an argument, with --file, or on stdin")
         where = "stdin" if name == "-" else name
         try:
-            text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+            text = data.decode("utf-8-sig")  # some editors put a byte order mark in front
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from None
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror}") from None
-        if lines:
-            texts += [line for line in text.splitlines() if line.strip()]
-        else:
-            texts.append(text.removesuffix("\n"))
-            if not texts[-1]:
-                raise UserError(f"{where} is empty; a prompt needs at least one character")
+            raise UserError(f"{where} cannot be read: {error.strerror}") from None
+        found = [line for line in re.split("\r?\n", text) if line.strip()] if lines else [text.removesuffix("\n")]
+        if not any(found):
+            raise UserError(f"{where} is empty; a prompt needs at least one character")
+        texts += found
     return texts
 
 
-def _with_progress(llm, texts: list[str], params: SamplingParams) -> list[list]:
-    """Generate behind a progress bar on a terminal -> the sequences of every prompt."""
-    from rich.console import Console
-    from rich.progress import track
-
+def _complete(llm, texts: list[str], params: SamplingParams, as_json: bool) -> None:
+    """Generate behind a progress bar; a prompt's completions are printed when they and all before them are whole."""
     requests = llm.submit(texts, params)
     sequences = [s for request in requests for s in request]
+    printed = 0
+    with job("generating", len(sequences) * params.max_tokens, "tokens") as bar:
+        for advanced in llm.run(sequences):
+            # one that ends early counts as if it had gone on
+            bar.advance(sum(1 + s.finished * (params.max_tokens - len(s.token_ids)) for s in advanced))
+            while printed < len(requests) and all(s.finished for s in requests[printed]):
+                for j, s in enumerate(requests[printed]):
+                    if as_json:
+                        bar.print(_json(texts[printed], s, printed, j))
+                        continue
+                    if len(sequences) > 1:
+                        bar.print(dim(f"--- prompt {printed + 1}" + (f", completion {j + 1}" if params.n > 1 else "")))
+                    bar.print(printable(texts[printed] + s.text))
+                printed += 1
 
-    def done() -> Iterable[None]:
-        finished = 0
-        while finished < len(sequences):
-            llm.engine.step()
-            now = sum(s.finished for s in sequences)
-            yield from [None] * (now - finished)
-            finished = now
 
-    console = Console(stderr=True)
-    bar = console.is_terminal and len(sequences) > 1
-    for _ in track(done(), "generating", total=len(sequences), console=console, transient=True, disable=not bar):
-        pass
-    return requests
-
-
-def _show(texts: list[str], requests: list[list], as_json: bool) -> None:
-    for i, (text, request) in enumerate(zip(texts, requests, strict=True)):
-        for j, s in enumerate(request):
-            if as_json:
-                record = {"prompt": text, "text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason}
-                if s.params.logprobs is not None:
-                    record["logprobs"] = [vars(entry) for entry in s.logprobs]
-                print(json.dumps(record, ensure_ascii=False))
-            else:
-                if len(texts) * len(request) > 1:
-                    click.secho(f"--- prompt {i + 1}" + (f", completion {j + 1}" if len(request) > 1 else ""), dim=True)
-                print(text + s.text)
+def _json(prompt: str, s, prompt_index: int, completion_index: int) -> str:
+    record = {"prompt_index": prompt_index, "completion_index": completion_index, "prompt": prompt, "text": s.text}
+    record |= {"token_ids": s.token_ids, "finish_reason": s.finish_reason}
+    if s.params.logprobs is not None:
+        record["logprobs"] = [vars(entry) for entry in s.logprobs]
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _stream_many(llm, texts: list[str], params: SamplingParams) -> None:
@@ -122,5 +134,5 @@ def _stream_many(llm, texts: list[str], params: SamplingParams) -> None:
             whole.append(rest)
         label = f"{owner[0] + 1}" + (f".{owner[1] + 1}" if params.n > 1 else "")
         for line in whole:
-            print(f"[{label}] {line}", flush=True)
+            print(f"[{label}] {printable(line)}", flush=True)
         open_lines[owner] = rest

@@ -1,17 +1,19 @@
 """`hymba info`"""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
 
+from hymba.cli.terminal import bold
 from hymba.config import PRESETS, HymbaConfig
 from hymba.errors import UserError
 
 MB = 10**6
 
 
-@click.command(epilog="Example:  hymba info 1.5B --context 8192 --batch 8")
+@click.command(epilog="\b\nExample:\n  hymba info 1.5B --context 8192 --batch 8")
 @click.argument("model")
 @click.option("--context", type=click.IntRange(1), help="Text tokens a row may hold.  [default: the model's context]")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Rows.")
@@ -33,7 +35,7 @@ def info(model: str, context: int | None, batch: int, dtype: str | None, as_json
     if context > config.max_length:
         raise UserError(f"--context {context} is longer than the model's context of {config.max_length}")
     facts = describe(config, context, batch, dtype or stored)
-    print(json.dumps(facts, indent=2)) if as_json else _print(config, facts)
+    print(json.dumps(facts, indent=2)) if as_json else _print(model, config, facts)
 
 
 def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[
     llama = LLAMA_3B.kv_bytes(batch, context, size)
     total = sum(parts.values())
     return {
+        "config": asdict(config),
         "parameters": {**parts, "total": total},
         "weight_bytes": total * size,
         "dtype": dtype,
@@ -63,44 +66,61 @@ def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[
     }
 
 
-def _print(config: HymbaConfig, facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
+    parts, cache, batch = facts["parameters"], facts["cache_bytes"], facts["batch"]
+    mb = lambda count: f"{count / MB:,.2f}"  # noqa: E731
+    # bytes of all rows -> what is shown of them
+    per_row = lambda count: (mb(count / batch), mb(count)) if batch > 1 else (mb(count),)  # noqa: E731
+    rows = ("a row", f"{batch} rows") if batch > 1 else ("a row",)
 
-    c, console = config, Console()
-    producers = sum(plan.produces_kv for plan in c.layers)
+    print(bold(model))
+    for title, text in _outline(config):
+        print(f"  {title:<12}{text}")
+    _table(
+        ("Parameters", "count", "share"), [(part, f"{n:,}", f"{n / parts['total']:.1%}") for part, n in parts.items()]
+    )
+    print(f"  weights in {facts['dtype']}: {facts['weight_bytes'] / MB:,.1f} MB")
+    _table(
+        (f"Cache for {facts['context']} tokens in {facts['dtype']}, MB", *rows),
+        [
+            ("keys and values", *per_row(cache["kv"])),
+            ("conv states", *per_row(cache["conv"])),
+            ("SSM states (float32)", *per_row(cache["ssm"])),
+            ("total", *per_row(cache["rows"])),
+        ],
+    )
+    print(f"  and once, whatever the number of rows, the meta tokens: {mb(cache['meta'])} MB")
+    _table(
+        ("Keys and values in comparison, MB", *rows),
+        [
+            ("with the meta tokens in every row", *per_row(cache["kv_if_meta_were_stored_per_sequence"])),
+            ("Llama-3.2-3B", *per_row(facts["llama_3_2_3b_kv_bytes"])),
+        ],
+    )
+    ours, all_of_it = facts["kv_ratio"], facts["rows_ratio"]
+    print(f"  Llama-3.2-3B's are {ours:,.2f} times as large as ours, {all_of_it:,.2f} times all of a row")
+
+
+def _outline(c: HymbaConfig) -> list[tuple[str, str]]:
     full = sum(plan.window is None for plan in c.layers)
-    console.print(
-        f"{c.n_layers} layers of width {c.d_model}: {c.n_heads} query heads on {c.n_kv_heads} key/value heads beside "
-        f"Mamba heads of width {c.d_inner}, state {c.d_state}\n"
-        f"{full} layers see everything, the others {c.window} tokens back and {c.n_meta} meta tokens; "
-        f"{producers} of {c.n_layers} layers store keys and values\n"
-        f"context {c.max_length}, vocabulary {c.vocab_size}, RoPE {c.rope}"
-    )
-    table = Table("parameters", title=None, box=None, header_style="bold")
-    table.add_column("", justify="right")
-    table.add_column("share", justify="right")
-    total = facts["parameters"]["total"]
-    for name, count in facts["parameters"].items():
-        style = "bold" if name == "total" else None
-        table.add_row(name, f"{count:,}", f"{count / total:.1%}", style=style)
-    console.print(table)
-    console.print(f"weights in {facts['dtype']}: {facts['weight_bytes'] / MB:,.1f} MB\n")
+    stores = sum(plan.produces_kv for plan in c.layers)
+    meta = f" and the {c.n_meta} meta tokens" if c.n_meta else ""
+    local = f", else {c.window} tokens back{meta}" if full < c.n_layers else ""
+    return [
+        ("layers", f"{c.n_layers} of width {c.d_model}"),
+        (
+            "heads",
+            f"{c.n_heads} for queries, {c.n_kv_heads} for keys and values; Mamba: width {c.d_inner}, state {c.d_state}",
+        ),
+        ("attention", f"full in {full} layers{local}"),
+        ("sharing", f"{stores} of {c.n_layers} layers store keys and values, the others read theirs"),
+        ("context", f"{c.max_length} tokens, RoPE {c.rope}"),
+        ("vocabulary", f"{c.vocab_size}"),
+    ]
 
-    cache, batch = facts["cache_bytes"], facts["batch"]
-    rows = f"{batch} row{'s' if batch > 1 else ''} of {facts['context']} tokens"
-    table = Table(f"cache, {rows}, {facts['dtype']}", box=None, header_style="bold")
-    table.add_column("MB", justify="right")
-    table.add_row("keys and values", f"{cache['kv'] / MB:,.2f}")
-    table.add_row("conv states", f"{cache['conv'] / MB:,.2f}")
-    table.add_row("SSM states (float32)", f"{cache['ssm'] / MB:,.2f}")
-    table.add_row("all rows", f"{cache['rows'] / MB:,.2f}", style="bold")
-    table.add_row("meta tokens, once for all rows", f"{cache['meta'] / MB:,.2f}")
-    table.add_row("keys and values, if every sequence stored the meta tokens",
-                  f"{cache['kv_if_meta_were_stored_per_sequence'] / MB:,.2f}")  # fmt: skip
-    table.add_row("Llama-3.2-3B, keys and values", f"{facts['llama_3_2_3b_kv_bytes'] / MB:,.2f}")
-    console.print(table)
-    console.print(
-        f"Llama-3.2-3B's is {facts['kv_ratio']:.2f} times larger than our keys and values, "
-        f"{facts['rows_ratio']:.2f} times larger than all that a row holds."
-    )
+
+def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
+    print("\n" + bold(f"{header[0]:<44}" + "".join(f"{title:>16}" for title in header[1:])))
+    for name, *values in lines:
+        line = f"  {name:<42}" + "".join(f"{value:>16}" for value in values)
+        print(bold(line) if name == "total" else line)

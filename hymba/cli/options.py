@@ -12,28 +12,29 @@ import click
 
 def model_options(command: Callable) -> Callable:
     """Which model, where and in what precision."""
+    dtypes = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    context_help = "Tokens of prompt and completion together.  [default: the model's context]"
     for option in reversed(
         [
             click.option("-m", "--model", required=True, metavar="PATH", help="Checkpoint folder or hub id."),
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: the GPU if any."),
-            click.option("--dtype", default="auto", show_default=True,
-                         type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="auto: the checkpoint's."),
-            click.option("--max-length", type=click.IntRange(1), help="Tokens of prompt and completion."),
+            click.option("--dtype", default="auto", show_default=True, type=dtypes, help="auto: the checkpoint's."),
+            click.option("--max-length", type=click.IntRange(1), help=context_help),
         ]
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
 
-def field_options(cls: type, **defaults: Any) -> Callable[[Callable], Callable]:
+def field_options(cls: type, *, without: tuple[str, ...] = (), **defaults: Any) -> Callable[[Callable], Callable]:
     """An option for every field of a dataclass; its help is the comment behind the field.
 
-    defaults: where the command line's default is another than the field's
+    without: fields that get none; defaults: where the command line's default is another than the field's
     """
     comments = _field_comments(cls)
 
     def decorate(command: Callable) -> Callable:
-        for field in reversed(fields(cls)):
+        for field in reversed([field for field in fields(cls) if field.name not in without]):
             command = _option(field, comments[field.name], defaults)(command)
         return command
 
@@ -49,7 +50,8 @@ def _option(field: Field, comment: str, defaults: dict[str, Any]) -> Callable:
     if kind is bool:
         settings["is_flag"] = True
     elif get_origin(kind) is tuple:
-        settings |= {"type": get_args(kind)[0], "multiple": True, "show_default": False}
+        help_text = f"{comment} May be given several times."
+        settings |= {"type": get_args(kind)[0], "multiple": True, "show_default": False, "help": help_text}
     else:
         settings["type"] = kind
     return click.option(f"--{field.name.replace('_', '-')}", field.name, **settings)

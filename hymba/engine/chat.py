@@ -29,41 +29,43 @@ class Chat:
         if end:
             self.params = replace(self.params, stop=(*self.params.stop, end))
         self.system = system
-        self.messages: list[Message] = []
+        self.finish_reason: str | None = None  # of the last reply; "cancelled" if it was stopped
         self.reset()
 
     def reset(self) -> None:
         """Begin a new conversation."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self._read: list[int] = []
+        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
 
     def send(self, text: str) -> Iterator[str]:
         """Say something and yield the reply piece by piece. A caller who stops early keeps what was said until then."""
         if not text.strip():
             raise UserError("the message is empty; say something")
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.llm.tokenizer.apply_chat_template(messages)
-        # as for the released model: a template writes the special tokens it wants itself
-        ids = self.llm.tokenizer.encode(prompt, add_special_tokens=False)
-        [[sequence]] = self.llm.submit([ids], self.params, keep=True)
+        [[sequence]] = self.llm.submit([self._ids(messages)], self.params, keep=True)
         self.messages = messages
         shown = 0
         try:
-            while not sequence.finished:
-                self.llm.engine.step()
+            for _ in self.llm.run([sequence]):
                 if len(sequence.text) > shown:
                     yield sequence.text[shown:]
                     shown = len(sequence.text)
         finally:
             self.llm.engine.cancel(sequence)
-            self._read = sequence.fed_ids
+            self.finish_reason = sequence.finish_reason
             self.messages = [*messages, {"role": "assistant", "content": sequence.text}]
+
+    def _ids(self, messages: list[Message], **options: bool) -> list[int]:
+        """The tokens of a conversation, as for the released model: a template writes the special tokens it wants."""
+        text = self.llm.tokenizer.apply_chat_template(messages, **options)
+        return self.llm.tokenizer.encode(text, add_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and what the model remembers of it (safetensors)."""
-        known = self.llm.engine.remembered([*self._read, -1]) if self._read else None
-        ids, row = known if known else ((), RowSnapshot({}, 0, self.llm.engine.cache.fingerprint))
-        header = {"messages": self.messages, "ids": list(ids)}
+        if not any(message["role"] == "assistant" for message in self.messages):
+            raise UserError("nothing was said yet, so there is nothing to save")
+        known = self.llm.engine.remembered(self._ids(self.messages, add_generation_prompt=False))
+        ids, row = known or ((), RowSnapshot({}, 0, self.llm.engine.cache.fingerprint))
+        header = {"messages": self.messages, "ids": ids}
         row.save(path, {"hymba_chat": json.dumps(header)})
 
     def load(self, path: str | Path) -> None:
@@ -73,11 +75,12 @@ class Chat:
             header = json.loads(metadata["hymba_chat"])
             messages, ids = header["messages"], header["ids"]
             self.llm.tokenizer.apply_chat_template(messages)
-            assert len(ids) == row.length and all(isinstance(i, int) for i in ids)
-        except (KeyError, TypeError, ValueError, AssertionError):
+            if len(ids) != row.length or not all(type(i) is int for i in ids):
+                raise ValueError("these are not the tokens of the row")
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise UserError(f"{path} is no saved conversation") from None
         if row.model != self.llm.engine.cache.fingerprint:
-            raise UserError(f"{path} is a conversation with another model")
+            raise UserError(f"{path} is a conversation with another model, or in another dtype")
         if ids:
             self.llm.engine.remember(ids, row)
-        self.messages, self._read = messages, ids
+        self.messages = messages

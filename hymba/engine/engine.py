@@ -82,7 +82,20 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Decode a token of every row, then read a piece of the waiting prompts -> the sequences that got a token."""
+        """Decode a token of every row, then read a piece of the waiting prompts -> the sequences that got a token.
+
+        If this is broken off, by an error or by Ctrl-C, nobody knows what the rows hold: their sequences are cancelled.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            for sequence in [*self._decoding, *self._reading, *(sequence for sequence, _ in self._forks)]:
+                if not sequence.finished:
+                    sequence.finish("cancelled")
+            self._decoding, self._reading, self._forks, self._last_hidden = [], [], [], {}
+            raise
+
+    def _step(self) -> list[Sequence]:
         advanced = list(self._decoding)
         if self._decoding:
             ids = torch.tensor([[sequence.token_ids[-1]] for sequence in self._decoding])
@@ -122,6 +135,11 @@ class Engine:
             if not sequence.finished:
                 sequence.append(logits)
 
+    def _remember_row(self, sequence: Sequence, row: int) -> None:
+        length = int(self.cache.lengths[row])
+        if sequence.keep and length:
+            self.remember((sequence.prompt_ids + sequence.token_ids)[:length], self.cache.snapshot(row))
+
     def _admit(self) -> None:
         """Give free rows to waiting sequences: they read their prompts together."""
         first = len(self._decoding)
@@ -135,45 +153,50 @@ class Engine:
             self.cache.reset(row)
             if known := self.remembered(sequence.prompt_ids):
                 key, snapshot = known
-                self.cache.restore(row, snapshot)
-                sequence.read = len(key)
+                try:
+                    self.cache.restore(row, snapshot)
+                    sequence.read = len(key)
+                except UserError:  # from a file, and of another shape than it says: read the prompt from its beginning
+                    del self._snapshots[key]
             self._reading.append(sequence)
 
     def _read(self) -> list[Sequence]:
         """Read the next piece of the admitted prompts; when all are through, they decode from now on."""
         first, n = len(self._decoding), len(self._reading)
-        pieces = [sequence.prompt_ids[sequence.read :] for sequence in self._reading]
+        awaited = {leader for sequence, leader in self._forks if not sequence.finished}
+        awaited.update(sequence for sequence in self._reading if not sequence.finished)  # the others were cancelled
+        pieces = [sequence.prompt_ids[sequence.read :] if sequence in awaited else [] for sequence in self._reading]
         width = min(max(map(len, pieces)), max(1, self.prefill_chunk // n))
-        pieces = [piece[:width] for piece in pieces]
-        ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self._device)
-        lengths = torch.tensor([[len(piece)] for piece in pieces], device=self._device)
-        mask = None if bool((lengths == width).all()) else torch.arange(width, device=self._device) < lengths
-        hidden = self.model.hidden(ids, attention_mask=mask, cache=self.cache.rows(first, first + n))
-        for sequence, piece, row in zip(self._reading, pieces, hidden, strict=True):
-            sequence.read += len(piece)
-            if piece and sequence.read == len(sequence.prompt_ids):
-                self._last_hidden[sequence] = row[len(piece) - 1]
-        if len(self._last_hidden) < n:
+        if width:
+            pieces = [piece[:width] for piece in pieces]
+            ids = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self._device)
+            lengths = torch.tensor([[len(piece)] for piece in pieces], device=self._device)
+            mask = None if bool((lengths == width).all()) else torch.arange(width, device=self._device) < lengths
+            hidden = self.model.hidden(ids, attention_mask=mask, cache=self.cache.rows(first, first + n))
+            for sequence, piece, row in zip(self._reading, pieces, hidden, strict=True):
+                sequence.read += len(piece)
+                if piece and sequence.read == len(sequence.prompt_ids):
+                    self._last_hidden[sequence] = row[len(piece) - 1]
+        if not awaited <= self._last_hidden.keys():
             return []
-        leaders = [*self._reading, *(leader for _, leader in self._forks)]
-        started = [*self._reading, *(sequence for sequence, _ in self._forks)]
         for row, sequence in enumerate(self._reading, first):
-            if sequence.keep:
-                self.remember(sequence.prompt_ids, self.cache.snapshot(row))
+            self._remember_row(sequence, row)
         for row, (_, leader) in enumerate(self._forks, first + n):
             self.cache.copy(first + self._reading.index(leader), row)
-        self._append(started, torch.stack([self._last_hidden[leader] for leader in leaders]))
-        self._decoding += started
+        ready = [(sequence, sequence) for sequence in self._reading] + self._forks
+        self._decoding += [sequence for sequence, _ in ready]
+        started = [(sequence, self._last_hidden[leader]) for sequence, leader in ready if not sequence.finished]
         self._reading, self._forks, self._last_hidden = [], [], {}
+        if started:
+            self._append([sequence for sequence, _ in started], torch.stack([hidden for _, hidden in started]))
         self._drop_finished()
-        return started
+        return [sequence for sequence, _ in started]
 
     def _drop_finished(self) -> None:
         """Take finished sequences out of the batch, and close the gaps that their rows leave."""
         for sequence in [sequence for sequence in self._decoding if sequence.finished]:
             row, last = self._decoding.index(sequence), len(self._decoding) - 1
-            if sequence.keep:
-                self.remember(sequence.fed_ids, self.cache.snapshot(row))
+            self._remember_row(sequence, row)
             self.cache.copy(last, row)
             self._decoding[row] = self._decoding[last]
             self._decoding.pop()

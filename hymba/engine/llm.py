@@ -1,6 +1,8 @@
 """`LLM`: a checkpoint, its tokenizer and the engine behind one object that turns text into text."""
 
+import operator
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ import torch
 from hymba.config import HymbaConfig
 from hymba.convert import resolve
 from hymba.engine.engine import Engine
-from hymba.engine.sampling import SamplingParams, TokenLogprobs
+from hymba.engine.sampler import TokenLogprobs
+from hymba.engine.sampling import SamplingParams
 from hymba.engine.sequence import Sequence
 from hymba.errors import UserError
 from hymba.model.hymba import Hymba
@@ -86,10 +89,10 @@ class LLM:
         """path: folder or hub id; device: `auto` is the GPU if there is one; dtype: `auto` is the checkpoint's;
         max_batch: prompts that are worked on at the same time; max_length: tokens of prompt and completion."""
         folder = resolve(path)
-        self.tokenizer = Tokenizer.from_pretrained(folder)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
+        self.tokenizer = Tokenizer.from_pretrained(folder)
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
@@ -105,8 +108,8 @@ class LLM:
         """Complete prompts (texts, or lists of token ids), batched; results are in the order of the prompts."""
         prompts = as_list(prompts)
         requests = self.submit(prompts, params)
-        while not all(s.finished for request in requests for s in request):
-            self.engine.step()
+        for _ in self.run(s for request in requests for s in request):
+            pass
         return [
             RequestOutput(
                 prompt=prompt if isinstance(prompt, str) else None,
@@ -123,16 +126,35 @@ class LLM:
         """Complete prompts and yield text as it becomes certain; a caller who stops early stops the work."""
         requests = self.submit(as_list(prompts), params)
         places = {s: (i, j) for i, request in enumerate(requests) for j, s in enumerate(request)}
-        shown = dict.fromkeys(places, (0, 0))
+        shown = dict.fromkeys(places, (0, 0))  # of those that are not shown to their end: characters, tokens
         try:
-            while not all(s.finished for s in places):
-                for s in self.engine.step():
-                    text, ids = shown[s]
+            while shown:
+                self.engine.step()
+                for s, (text, ids) in list(shown.items()):  # all of them: another stream may have made the step
                     if len(s.text) > text or s.finished:
                         shown[s] = len(s.text), len(s.token_ids)
+                        if s.finished:
+                            del shown[s]
                         yield Chunk(*places[s], s.text[text:], s.token_ids[ids:], s.finish_reason)
         finally:
             for s in places:
+                self.engine.cancel(s)
+
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+        """Work until the submitted sequences are finished; yields after each step which ones got a token.
+
+        Whatever breaks this off, an error, Ctrl-C or a caller who stops early, cancels them.
+        """
+        sequences = list(sequences)
+        waiting = deque(sequences)
+        try:
+            while waiting:
+                if waiting[0].finished:
+                    waiting.popleft()
+                else:
+                    yield self.engine.step()
+        finally:
+            for s in sequences:
                 self.engine.cancel(s)
 
     def submit(
@@ -147,9 +169,7 @@ class LLM:
         encoded = []
         for i, prompt in enumerate(prompts):
             try:
-                if isinstance(prompt, str) and not prompt:
-                    raise UserError("the prompt is empty; give at least one character")
-                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                ids = self._ids(prompt)
                 self.engine.check_prompt(ids)
             except UserError as error:
                 raise UserError(f"prompt {i + 1}: {error}" if len(prompts) > 1 else str(error)) from None
@@ -160,7 +180,6 @@ class LLM:
                     ids,
                     params,
                     index=index,
-                    vocab_size=self.config.vocab_size,
                     max_length=self.engine.max_length,
                     eos_token_id=self.config.eos_token_id,
                     detokenizer=self.tokenizer.detokenizer(ids),
@@ -173,10 +192,23 @@ class LLM:
         self.engine.add(sequence for request in requests for sequence in request)
         return requests
 
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UserError("the prompt is empty; give at least one character")
+            return self.tokenizer.encode(prompt)
+        try:
+            return [operator.index(item) for item in prompt]
+        except TypeError:
+            raise UserError("a prompt is a text or a list of token ids") from None
+
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or many -> many. A list of integers is one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and all(isinstance(item, int) for item in prompts) else prompts
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise UserError("prompts are a text, a list of token ids, or a list of these") from None
+    return [prompts] if prompts and isinstance(prompts[0], int) else prompts

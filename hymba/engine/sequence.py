@@ -5,7 +5,8 @@ from collections.abc import Sequence as Ids
 import torch
 from torch import Tensor
 
-from hymba.engine.sampling import SamplingParams, TokenLogprobs, choose, logprobs_of
+from hymba.engine.sampler import TokenLogprobs, choose, logprobs_of
+from hymba.engine.sampling import SamplingParams
 from hymba.tokenizer import Detokenizer
 
 
@@ -21,7 +22,6 @@ class Sequence:
         params: SamplingParams,
         *,
         index: int = 0,
-        vocab_size: int,
         max_length: int,
         eos_token_id: int | None = None,
         detokenizer: Detokenizer | None = None,
@@ -42,25 +42,16 @@ class Sequence:
             *params.stop_token_ids,
             *(() if params.ignore_eos or eos_token_id is None else (eos_token_id,)),
         }
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen[self.prompt_ids] = True
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed((params.seed + index) % 2**63)
+        self._seen = self._generator = None  # see `_begin`
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    @property
-    def fed_ids(self) -> list[int]:
-        """What the model has read when the sequence is finished: all but the last token, which nobody needs."""
-        return self.prompt_ids + self.token_ids[:-1]
-
     def append(self, logits: Tensor) -> None:
         """Choose the next token. logits: (V,) float32 on the CPU"""
+        if self._generator is None:
+            self._begin(len(logits))
         token = choose(logits, self.params, self._seen, self._generator)
         self.token_ids.append(token)
         self._seen[token] = True
@@ -72,6 +63,18 @@ class Sequence:
             self._extend(self._detokenizer.feed(token) if self._detokenizer else "")
             if not self.finished and len(self.token_ids) >= self._limit:
                 self.finish("length")
+        if self.finished:
+            self._seen = self._generator = None
+
+    def _begin(self, vocab_size: int) -> None:
+        """Make what choosing needs, not before the first token: thousands of sequences may wait or be finished."""
+        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self._seen[self.prompt_ids] = True
+        self._generator = torch.Generator()
+        if self.params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed((self.params.seed + self.index) % 2**63)
 
     def finish(self, reason: str) -> None:
         """End the sequence; text that was held back belongs to it after all, unless a stop text came."""

@@ -117,7 +117,7 @@ class RowSnapshot:
                 length, model = header["length"], header["model"]
                 if type(length) is not int or length < 0 or not isinstance(model, str):
                     raise ValueError(f"its header is {header}")
-                row = cls({name: file.get_tensor(name) for name in file.keys()}, length, model)
+                row = cls({name: file.get_tensor(name) for name in file.keys()}, length, model)  # noqa: SIM118
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -200,7 +200,7 @@ class Hymba(nn.Module):
             document_ids = None if document_ids is None else document_ids.gather(1, order)
         # what a cache is given stays there, and would keep the graph of every step alive
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):
+            for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):  # noqa: B007
                 pass
             x = self.norm(x)
         if order is not None:
@@ -219,7 +219,7 @@ class Hymba(nn.Module):
         input_ids, document_ids: (B, T), lengths: (B,) tokens that count, None: all
         -> (B, T, D) the residual stream, and the state of the layer after the last token (None for the embeddings)
         """
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         M, device = self.config.n_meta, input_ids.device
         if cache is None:
             before = torch.zeros(1, dtype=torch.int64, device=device)

@@ -34,7 +34,7 @@ OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors
 MAX_SHARD_BYTES = 5 * 10**9
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # a config has kilobytes, the index of the largest model a megabyte; parsed, JSON may be thirty times larger
-MAX_JSON_BYTES = 2**22
+MAX_JSON_BYTES = 2**21
 OFFICIAL_CODE = "nvidia/Hymba-1.5B-Base"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

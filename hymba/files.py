@@ -33,6 +33,8 @@ def atomic_writes(paths: list[str | os.PathLike]) -> Iterator[list[Path]]:
     modes: list[int] = []
     try:
         for target in targets:
+            if "\0" in str(target):
+                raise UserError(f"{str(target)!r} is no file name")
             if target.is_dir():
                 raise UserError(f"{target} is a folder; move it away, a file of this name is to be written")
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -356,6 +356,7 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     refused(lambda: model.save_pretrained(tmp_path / "file"), "file", "is a file")
     refused(lambda: model.save_pretrained(tmp_path / "file" / "below"), "below")
+    refused(lambda: model.save_pretrained(tmp_path / "no\0name"), r"no\x00name", "no file name")
     refused(lambda: model.save_pretrained(tmp_path / ("x" * 300)), "xxx", "too long")
     (tmp_path / "model" / CONFIG_FILE).mkdir(parents=True)  # found out before the weights are replaced
     refused(lambda: model.save_pretrained(tmp_path / "model"), CONFIG_FILE, "is a folder")

@@ -267,7 +267,7 @@ def test_many_new_mutations(kind, whole, tmp_path):
         {"hidden_size": 2**24, "mamba_expand": 2**24, "mamba_d_state": 2**24, "conv_dim": None},
         {"kv_reuse_group": [list(range(10**5))]},
         {"kv_reuse_group": [[i, i + 1] for i in range(0, 10**5, 2)]},
-        {"global_attn_idx": [0] * 10**6},
+        {"global_attn_idx": [0] * 6 * 10**5},
         {"layer_type": ["h"] * 10**5},
         {"conv_dim": {str(i): 32 for i in range(10**5)}},
         {str(i): 0 for i in range(10**5)},
@@ -285,7 +285,7 @@ def test_as_many_layers_as_allowed(whole, tmp_path):
     config = json.loads(whole[False][CONFIG_FILE])
     config |= {"num_hidden_layers": 512, "layer_type": None, "conv_dim": None}
     files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: with_header(json.dumps(layers).encode(), b"")}
-    assert "is missing" in outcome(tmp_path / "model", files) or "are missing" in outcome(tmp_path / "model", files)
+    assert "are missing" in outcome(tmp_path / "model", files)
 
 
 def test_a_large_index(whole, tmp_path):
@@ -301,7 +301,7 @@ def test_a_large_index(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [b"[" * 2**20, b"[" + b"[]," * 2**20 + b"[]]", b'{"a":' * 10**5, b'"' + b"x" * 2**21 + b'"']
+    "text", [b"[" * 2**21, b"[" + b"[]," * (2**19 - 1) + b"[]]", b'{"a":' * 10**5, b'"' + b"x" * 2**20 + b'"']
 )
 @pytest.mark.parametrize("name", [CONFIG_FILE, INDEX_FILE])
 def test_large_json(text, name, whole, tmp_path):

@@ -41,7 +41,10 @@ class Chat:
         if not text.strip():
             raise UserError("the message is empty; say something")
         messages = [*self.messages, {"role": "user", "content": text}]
-        [[sequence]] = self.llm.submit([self._ids(messages)], self.params, keep=True)
+        ids, limit = self._ids(messages), self.llm.engine.max_length
+        if len(ids) > limit:
+            raise UserError(f"the conversation would have {len(ids)} tokens, the context holds {limit}; reset it")
+        [[sequence]] = self.llm.submit([ids], self.params, keep=True)
         self.messages = messages
         shown = 0
         try:
@@ -52,18 +55,20 @@ class Chat:
         finally:
             self.llm.engine.cancel(sequence)
             self.finish_reason = sequence.finish_reason
-            self.messages = [*messages, {"role": "assistant", "content": sequence.text}]
+            # the space in front of the mark that ended the turn is the template's, which writes it again
+            self.messages = [*messages, {"role": "assistant", "content": sequence.text.rstrip()}]
 
-    def _ids(self, messages: list[Message], **options: bool) -> list[int]:
+    def _ids(self, messages: list[Message]) -> list[int]:
         """The tokens of a conversation, as for the released model: a template writes the special tokens it wants."""
-        text = self.llm.tokenizer.apply_chat_template(messages, **options)
+        text = self.llm.tokenizer.apply_chat_template(messages)
         return self.llm.tokenizer.encode(text, add_special_tokens=False)
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and what the model remembers of it (safetensors)."""
         if not any(message["role"] == "assistant" for message in self.messages):
             raise UserError("nothing was said yet, so there is nothing to save")
-        known = self.llm.engine.remembered(self._ids(self.messages, add_generation_prompt=False))
+        # what the next turn can go on from, whatever will be said
+        known = self.llm.engine.remembered(self._ids([*self.messages, {"role": "user", "content": "?"}]))
         ids, row = known or ((), RowSnapshot({}, 0, self.llm.engine.cache.fingerprint))
         header = {"messages": self.messages, "ids": ids}
         row.save(path, {"hymba_chat": json.dumps(header)})

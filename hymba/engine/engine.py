@@ -12,6 +12,7 @@ from collections.abc import Sequence as Ids
 import torch
 from torch import Tensor
 
+from hymba.engine.decoder import make_decoder
 from hymba.engine.sequence import Sequence
 from hymba.errors import UserError
 from hymba.model.cache import HymbaCache, RowSnapshot
@@ -36,6 +37,8 @@ class Engine:
             raise UserError(f"max_batch={max_batch} and prefill_chunk={prefill_chunk} must be at least 1")
         self.model = model
         self.cache: HymbaCache = model.new_cache(max_batch, max_length)
+        self._decode = make_decoder(model, max_batch)
+        self._batches: dict[int, HymbaCache] = {}
         self.prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()
         self._decoding: list[Sequence] = []  # rows 0 .. n - 1
@@ -98,9 +101,8 @@ class Engine:
     def _step(self) -> list[Sequence]:
         advanced = list(self._decoding)
         if self._decoding:
-            ids = torch.tensor([[sequence.token_ids[-1]] for sequence in self._decoding])
-            hidden = self.model.hidden(ids.to(self._device), cache=self.cache.rows(0, len(ids)))
-            self._append(self._decoding, hidden[:, -1])
+            ids = torch.tensor([sequence.token_ids[-1] for sequence in self._decoding])
+            self._append(self._decoding, self._decode(ids, self._batch(len(ids))))
             self._drop_finished()
         if not self._reading:
             self._admit()
@@ -129,11 +131,17 @@ class Engine:
     def _device(self) -> torch.device:
         return self.model.meta_tokens.device
 
-    def _append(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """hidden: (n, D), what the LM head reads for each of the n sequences"""
-        for sequence, logits in zip(sequences, self.model.lm_head(hidden).float().cpu(), strict=True):
+    def _batch(self, n: int) -> HymbaCache:
+        """The rows that decode; always the same object for a size, which a decoder may know already."""
+        if n not in self._batches:
+            self._batches[n] = self.cache.rows(0, n)
+        return self._batches[n]
+
+    def _append(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """logits: (n, V) float32, of what follows each of the n sequences"""
+        for sequence, row in zip(sequences, logits.cpu(), strict=True):
             if not sequence.finished:
-                sequence.append(logits)
+                sequence.append(row)
 
     def _remember_row(self, sequence: Sequence, row: int) -> None:
         length = int(self.cache.lengths[row])
@@ -188,7 +196,8 @@ class Engine:
         started = [(sequence, self._last_hidden[leader]) for sequence, leader in ready if not sequence.finished]
         self._reading, self._forks, self._last_hidden = [], [], {}
         if started:
-            self._append([sequence for sequence, _ in started], torch.stack([hidden for _, hidden in started]))
+            logits = self.model.lm_head(torch.stack([hidden for _, hidden in started])).float()
+            self._append([sequence for sequence, _ in started], logits)
         self._drop_finished()
         return [sequence for sequence, _ in started]
 

@@ -10,7 +10,7 @@ from hymba.errors import UserError
 class SamplingParams:
     """What a request asks for. Filters apply in the order of the fields. Raises `UserError` for values out of range."""
 
-    max_tokens: int = 128  # tokens of the completion at most; the end of the context comes first
+    max_tokens: int = 128  # length of the completion at most; the end of the context ends it, too
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen (arXiv 1909.05858)
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # keep the k most likely tokens; 0: all

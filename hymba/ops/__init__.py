@@ -1,33 +1,70 @@
 """Kernels behind one door: the model calls `ops.selective_scan(...)` and does not know who computes it.
 
-Every backend is a module with the functions of `reference.py`, which is the definition. `backend()` makes the choice.
+Every backend is a module with the functions of `reference.py`, which is the definition:
+
+    native      C++ kernels for the CPU (float32, bfloat16), if the package was installed with them
+    torch       plain PyTorch without long Python loops, for every device and type
+    reference   the definition
+
+`backend()` makes the choice. `use_backend`, or the environment variable HYMBA_BACKEND, forces one.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from hymba.errors import UserError
-from hymba.ops import reference
+from hymba.ops import chunked, library, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"torch": chunked, "reference": reference}
+if library.available():
+    from hymba.ops import compiled, native
 
-_forced: str | None = None
+    BACKENDS = {"native": native, **BACKENDS}
+
+_forced: str | None = os.environ.get("HYMBA_BACKEND") or None
 
 
 def backend(x: Tensor) -> ModuleType:
-    """The module that computes operations on tensors like `x`."""
-    return BACKENDS[_forced or "reference"]
+    """The module that computes operations on tensors like `x`. Raises `UserError` if HYMBA_BACKEND names none."""
+    module = chunked
+    if _forced is not None:
+        module = _backend(_forced)
+    elif "native" in BACKENDS and native.supports(x):
+        module = native
+    if "native" in BACKENDS and module is native and torch.compiler.is_compiling():
+        return compiled
+    return module
+
+
+def _backend(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        missing = f" (native: {library.status()})" if name == "native" else ""
+        raise UserError(f"unknown backend {name!r}; available here: {', '.join(BACKENDS)}{missing}")
+    return BACKENDS[name]
+
+
+def describe() -> dict[str, str]:
+    """What computes on which tensors, and why no kernel does where that is so; for people (`hymba doctor`)."""
+    if _forced is not None:
+        return {"all tensors": f"{_forced}, forced by HYMBA_BACKEND or use_backend"}
+    native_cpu = f"native: {library.status()}" if "native" in BACKENDS else f"torch, slower: {library.status()}"
+    return {
+        "CPU, float32 and bfloat16": native_cpu,
+        "CPU, other types": "torch: the native kernels know float32 and bfloat16 only",
+        "other devices": "torch: plain PyTorch",
+    }
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend: `with ops.use_backend("reference"):`. Raises `UserError` for a name that is not there."""
     global _forced
-    if name not in BACKENDS:
-        raise UserError(f"unknown backend {name!r}; available here: {', '.join(BACKENDS)}")
+    _backend(name)
     before, _forced = _forced, name
     try:
         yield

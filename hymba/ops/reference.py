@@ -44,7 +44,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: 
     K, T = weight.shape[1], x.shape[1]
     state = state.to(x.dtype).expand(x.shape[0], -1, -1)
     past = torch.cat([state, x], dim=1)  # (B, K - 1 + T, E)
-    age = None if starts is None else _since_start(starts)
+    age = None if starts is None else _since_start(starts, K)
     y = bias.float() + x.float() * weight[:, K - 1].float()
     for back in range(1, K):
         tap = past[:, K - 1 - back : K - 1 - back + T]  # the input `back` steps ago
@@ -57,11 +57,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: 
     return F.silu(y).to(x.dtype)
 
 
-def _since_start(starts: Tensor) -> Tensor:
-    """starts: (B, T) bool -> (B, T), how many steps ago the document began; before any start, as if far inside one."""
-    T = starts.shape[1]
-    time = torch.arange(T, device=starts.device)
-    last = torch.where(starts, time, -T).cummax(dim=1).values
+def _since_start(starts: Tensor, far: int) -> Tensor:
+    """starts: (B, T) bool -> (B, T), how many steps ago the document began; before any start, at least `far`."""
+    time = torch.arange(starts.shape[1], device=starts.device)
+    last = torch.where(starts, time, -far).cummax(dim=1).values
     return time - last
 
 

@@ -1,0 +1,126 @@
+"""What `hymba bench` runs: the check, the workloads in turn, and one row of numbers for each."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+import torch
+
+from hymba import __version__
+from hymba.bench import limits, workloads
+from hymba.config import PRESETS, HymbaConfig
+
+# tokens that a decoding workload makes in one run; prompt tokens that a prefill reads at a time
+STEPS, CHUNK = 4, 512
+# a training batch, for the two sizes that fit an everyday machine
+TRAIN_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload's medians."""
+
+    name: str
+    tokens_per_second: float
+    ms_per_token: float
+    fastest_ms: float
+    slowest_ms: float
+    mb_per_token: float
+    gop_per_token: float
+    share_of_limit: float | None  # None: what the limit is, we do not know (peers' models)
+    read_gb_per_second: float  # the machine's, while this ran
+    peak_gop_per_second: float
+
+
+def shape(model: str) -> HymbaConfig:
+    """The architecture of a preset, or of a checkpoint, whose weights are not read."""
+    if model in PRESETS:
+        return HymbaConfig.preset(model)
+    from hymba.convert import load_config, resolve
+
+    return load_config(resolve(model))[0]
+
+
+def decode_workloads(
+    config: HymbaConfig, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...]
+) -> Iterator[tuple[str, workloads.Workload]]:
+    model = workloads.random_model(config, precision)
+    for context in contexts:
+        for batch in batches:
+            name = f"decode {precision}, batch {batch}, context {context}"
+            yield name, workloads.decoding(model, precision, batch, context, STEPS)
+
+
+def prefill_workloads(
+    config: HymbaConfig, precision: str, contexts: tuple[int, ...]
+) -> Iterator[tuple[str, workloads.Workload]]:
+    model = workloads.random_model(config, precision)
+    for length in contexts:
+        yield f"prefill {precision}, {length} tokens", workloads.prefill(model, precision, length, CHUNK)
+        yield f"  its selective scans, {length} tokens", workloads.scans(model, length, CHUNK)
+
+
+def train_workloads(config: HymbaConfig, precision: str) -> Iterator[tuple[str, workloads.Workload]]:
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    work = workloads.training(config, 1, min(TRAIN_TOKENS, config.max_length), dtype)
+    yield f"training step {precision}, {work.tokens} tokens", work
+
+
+def measure(
+    works: dict[str, workloads.Workload], repeats: int, advance: Callable[[], object] = lambda: None
+) -> list[Row]:
+    """Run workloads in turn -> a row for each."""
+    rows = []
+    for name, measured in limits.interleaved(works, repeats, advance).items():
+        work, n = works[name], works[name].tokens
+        known = bool(work.bytes_read or work.operations)
+        rows.append(
+            Row(
+                name=name,
+                tokens_per_second=n / measured.seconds,
+                ms_per_token=1e3 * measured.seconds / n,
+                fastest_ms=1e3 * measured.spread[0] / n,
+                slowest_ms=1e3 * measured.spread[1] / n,
+                mb_per_token=work.bytes_read / n / 1e6,
+                gop_per_token=work.operations / n / 1e9,
+                share_of_limit=measured.share_of_roofline(work.bytes_read, work.operations) if known else None,
+                read_gb_per_second=measured.median("bandwidth") / 1e9,
+                peak_gop_per_second=measured.median("peak") / 1e9,
+            )
+        )
+    return rows
+
+
+def machine() -> dict[str, object]:
+    """What a number must be read with."""
+    packages = ("torch", "transformers", "llama-cpp-python")
+    return {
+        "hymba": __version__,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "kernels": limits.library.status(),
+        "python": platform.python_version(),
+        **{name: version for name in packages if (version := _version(name))},
+    }
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(": ", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def as_json(rows: list[Row]) -> list[dict[str, object]]:
+    return [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows]

@@ -1,0 +1,181 @@
+"""What is timed: decoding, prefill and training steps of a model with random weights, and what each must cost at least."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hymba import ops
+from hymba.config import HymbaConfig
+from hymba.engine.decoder import make_decoder
+from hymba.model.cache import HymbaCache
+from hymba.model.hymba import Hymba
+from hymba.model.quant import quantize_
+from hymba.visibility import ring_slots
+
+# elements of the random block that fills large weights: real spread, but no minute of drawing numbers
+BLOCK = 1 << 22
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Something to run, and the least that it must read and compute."""
+
+    run: Callable[[], object]
+    tokens: int
+    bytes_read: float
+    operations: float
+    kind: str  # whose arithmetic peak counts: float32, bfloat16, int8
+
+
+def random_model(config: HymbaConfig, precision: str) -> Hymba:
+    """A model of random weights, made quickly; the precisions int8 and int4 are quantised bfloat16."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    with torch.device("meta"):
+        model = Hymba(config)
+    model.to_empty(device="cpu")
+    block = torch.empty(BLOCK, dtype=dtype).normal_(std=config.init_std)
+    for name, parameter in model.named_parameters():
+        data = torch.empty(parameter.shape, dtype=torch.float32 if name.endswith("A_log") else dtype)
+        flat = data.view(-1)
+        for first in range(0, flat.numel(), BLOCK):
+            flat[first : first + BLOCK] = block[: flat.numel() - first]
+        parameter.data = data
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith(".D"):
+            parameter.data.fill_(1)
+    for layer in model.blocks:
+        layer.heads.mamba.init_weights()
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embedding.weight
+    model.requires_grad_(False).eval()
+    if precision in ("int8", "int4"):
+        quantize_(model, precision)
+    return model
+
+
+def weight_bytes(model: Hymba) -> int:
+    """Bytes of all weights that a token passes through: everything, the embedding only as the LM head."""
+    tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    if not model.config.tie_embeddings:
+        tensors.pop(id(model.embedding.weight), None)
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def cache_bytes_read(cache: HymbaCache, context: int) -> int:
+    """Bytes that a decoding step must read of a cache: the visible keys and values of every group once, the states."""
+    c = cache.config
+    total = cache.conv.nbytes + cache.ssm.nbytes
+    for plan in c.layers:
+        if plan.produces_kv:
+            slots = min(context + 1, ring_slots(None if plan.spans_context else c.window, cache.max_length))
+            for store in (cache.k[plan.index], cache.v[plan.index]):
+                total += store[:, :, :slots].numel() * store.element_size()
+    meta = [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
+    return total + sum(x.nbytes for x in meta)
+
+
+def matmul_weights(model: Hymba) -> int:
+    """Weights that multiply every token of a prefill: all matrices of the blocks."""
+    c = model.config
+    kv = c.n_kv_heads * (c.d_key + c.d_value)
+    producers = sum(plan.produces_kv for plan in c.layers)
+    mlp = (3 if c.mlp_activation == "silu" else 2) * c.d_model * c.d_ff
+    mamba = 2 * c.d_model * c.d_inner + c.d_inner * (2 * c.dt_rank + 2 * c.d_state)
+    heads = c.d_model * c.d_model + mamba + c.d_inner * c.d_model
+    return c.n_layers * (heads + mlp) + producers * c.d_model * kv
+
+
+def attention_operations(config: HymbaConfig, first: int, count: int) -> float:
+    """Multiplications and additions of attention for tokens first .. first + count - 1 of a row."""
+    c, total = config, 0
+    for plan in c.layers:
+        for t in range(first, first + count):
+            seen = t + 1 if plan.window is None else min(t, plan.window) + 1
+            total += seen + c.n_meta
+    return 2.0 * total * c.n_heads * (c.d_key + c.d_value)
+
+
+def filled_cache(model: Hymba, batch: int, context: int, room: int) -> HymbaCache:
+    """A cache whose rows hold `context` random tokens, as if they had been read."""
+    cache = model.new_cache(batch, min(context + room, model.config.max_length))
+    for store in (*cache.k.values(), *cache.v.values()):
+        store.copy_(torch.randn(store.shape[1:], dtype=torch.float32).to(store.dtype))
+    cache.lengths.fill_(context)
+    return cache
+
+
+def decoding(model: Hymba, precision: str, batch: int, context: int, steps: int) -> Workload:
+    """`steps` tokens for each of `batch` rows that hold `context` tokens."""
+    context = min(context, model.config.max_length - steps)
+    cache = filled_cache(model, batch, context, steps)
+    decode = make_decoder(model, batch)
+    ids = torch.arange(1, batch + 1)
+
+    def run() -> None:
+        cache.lengths.fill_(context)
+        with torch.inference_mode():
+            for _ in range(steps):
+                decode(ids, cache)
+
+    weights = matmul_weights(model) + model.config.vocab_size * model.config.d_model
+    return Workload(
+        run,
+        tokens=batch * steps,
+        bytes_read=steps * (weight_bytes(model) + cache_bytes_read(cache, context)),
+        operations=steps * batch * (2.0 * weights + attention_operations(model.config, context, 1)),
+        kind={"int4": "int8"}.get(precision, precision),
+    )
+
+
+def prefill(model: Hymba, precision: str, length: int, chunk: int) -> Workload:
+    """Read a prompt of `length` tokens in pieces of `chunk`, and compute the logits of its last token."""
+    cache = model.new_cache(1, length)
+    ids = torch.randint(1, model.config.vocab_size, (1, length))
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        cache.reset(0)
+        for piece in ids.split(chunk, dim=1):
+            hidden = model.hidden(piece, cache=cache)
+        return model.lm_head(hidden[:, -1])
+
+    operations = 2.0 * length * matmul_weights(model) + attention_operations(model.config, 0, length)
+    return Workload(run, length, weight_bytes(model), operations, "float32" if precision == "float32" else "bfloat16")
+
+
+def scans(model: Hymba, length: int, chunk: int) -> Workload:
+    """The selective scans of a prefill alone."""
+    c, dtype = model.config, model.norm.weight.dtype
+    T, E, N = min(chunk, length), c.d_inner, c.d_state
+    u, dt, gate = (torch.randn(1, T, E).to(dtype) for _ in range(3))
+    B, C = (torch.randn(1, T, N).to(dtype) for _ in range(2))
+    mamba, state = model.blocks[0].heads.mamba, torch.zeros(1, E, N)
+    A = -torch.exp(mamba.A_log.float())
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(c.n_layers * -(-length // T)):
+            ops.selective_scan(u, dt, mamba.dt_bias, A, B, C, mamba.D, gate, state)
+
+    element = u.element_size()
+    return Workload(run, length, c.n_layers * length * (4 * E + 2 * N) * element, 0, "float32")
+
+
+def training(config: HymbaConfig, batch: int, length: int, dtype: torch.dtype) -> Workload:
+    """Forward and backward of one batch, float32 weights, under autocast if the dtype is bfloat16."""
+    model = random_model(config, "float32").requires_grad_(True).train()
+    ids = torch.randint(1, config.vocab_size, (batch, length))
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model(ids, labels=ids)
+        loss.backward()
+
+    tokens = batch * length
+    weights = matmul_weights(model) + config.vocab_size * config.d_model
+    operations = 3 * (2.0 * tokens * weights + batch * attention_operations(config, 0, length))
+    return Workload(run, tokens, 0, operations, str(dtype).removeprefix("torch."))

@@ -1,0 +1,97 @@
+"""`hymba bench`"""
+
+import json
+from typing import Any
+
+import click
+
+from hymba.cli.terminal import job
+from hymba.config import PRESETS
+
+WORKLOADS = ("decode", "prefill", "train", "peers")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  hymba bench\n"
+    "  hymba bench decode --precision int8 --precision int4 --batch 1 --batch 8 --context 2048"
+)
+@click.argument("what", nargs=-1, metavar="[decode|prefill|train|peers]...", type=click.Choice(WORKLOADS))
+@click.option("--model", default="1.5B", show_default=True, help=f"Shape: {', '.join(PRESETS)}, or a checkpoint's.")
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=("bfloat16",),
+    help="Of the weights; may be repeated.  [default: bfloat16]",
+)  # fmt: skip
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), default=(1,),
+    help="Rows that decode together; may be repeated.  [default: 1]",
+)  # fmt: skip
+@click.option(
+    "--context", "contexts", multiple=True, type=click.IntRange(1), default=(2048,),
+    help="Tokens in the cache when decoding begins, or of the prompt; may be repeated.  [default: 2048]",
+)  # fmt: skip
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Repetitions of each workload.")
+@click.option("--threads", type=click.IntRange(1), help="[default: PyTorch's]")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
+def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Time decoding, prefill and training steps of random weights on the CPU, against the machine's limits.
+
+    First the fast path is checked against the reference. Then the workloads run in turn, and the memory's read
+    bandwidth and the processor's arithmetic peak are probed around each repetition: what counts is the share of the
+    limit, since a shared machine's speed moves. `peers` adds the transformers models and the llama.cpp files of
+    similar size where those are installed. Ends with one JSON line.
+    """
+    import torch
+
+    from hymba.bench import check, limits, suite
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    limits.require_probes()
+    config = suite.shape(options["model"])
+    errors = check.fast_against_reference(config)
+    if not as_json:
+        shown = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
+        print(f"fast path checked against the reference, relative error of the logits: {shown}")
+    rows = []
+    for precision in options["precisions"]:
+        works = {}
+        if "decode" in what or not what:
+            works |= suite.decode_workloads(config, precision, options["batches"], options["contexts"])
+        if "prefill" in what or not what:
+            works |= suite.prefill_workloads(config, precision, options["contexts"])
+        if "train" in what:
+            works |= suite.train_workloads(config, precision)
+        if "peers" in what:
+            from hymba.bench import peers
+
+            works |= peers.workloads(precision, options["batches"], options["contexts"])
+        with job(f"measuring {precision}", (options["repeats"] + 1) * len(works), "runs") as bar:
+            rows += suite.measure(works, options["repeats"], bar.advance)
+        works.clear()  # a model is gone before the next one is made
+    if not as_json:
+        _show(rows)
+    print(json.dumps({"machine": suite.machine(), **options, "relative_error": errors, "rows": suite.as_json(rows)}))
+
+
+def _show(rows: list) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in ("tokens/s", "ms/token", "spread", "of the limit", "GB/s", "Gop/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.tokens_per_second:,.1f}",
+            f"{row.ms_per_token:,.3g}",
+            f"{row.fastest_ms:,.3g}-{row.slowest_ms:,.3g}",
+            "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
+            f"{row.read_gb_per_second:.0f}",
+            f"{row.peak_gop_per_second:,.0f}",
+        )
+    console = Console()
+    console.width = max(console.width, 110)  # a table that is cut says nothing
+    console.print(table)

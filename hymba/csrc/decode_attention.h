@@ -1,0 +1,211 @@
+// Attention of a few query heads over a stretch of keys, for one new token; used by decode.cpp.
+//
+//   scores[r][j] = q[r] . k[j]        lanes along the head; 16 keys of one head are added up across lanes together
+//   online softmax over a block       float32; what was summed up before is scaled when the largest score grows
+//   sums[r] += sum_j p[r][j] v[j]     lanes along the value head, R heads x 64 dimensions in registers
+//
+// bf16 keys and queries: their products are exact, sums float32. bf16 values: where there is vdpbf16ps, the weights p
+// are rounded to bf16 and two keys are summed at a time; the normaliser sums the rounded weights, so what is left of the
+// rounding is a random 2^-9 of each weight, as much as rounding the output costs. Elsewhere, and in float32, p stays float32.
+#pragma once
+
+#include "matvec.h"
+
+namespace hymba {
+namespace HYMBA_ISA {
+
+constexpr int64_t kBlock = 256;         // keys per block of the softmax
+constexpr int64_t kRow = kBlock + 16;   // a row of scores: kernels write whole vectors
+constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.cpp
+constexpr float kLowest = -1e30f;       // stands for no score yet
+constexpr float kNegligible = -200.0f;  // exp of it is 0 beside 1, in range of exp's argument reduction
+
+// n bytes from p on, a while later
+HYMBA_INLINE void prefetch_later(const void* p, int64_t n) {
+  for (int64_t line = 0; line < n; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line + kKeysAhead, 0, 2);
+}
+
+// type of the softmax weights beside values of type T
+template <class T>
+struct Weight {
+  using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Weight<bf16> {
+  using type = bf16;
+};
+#endif
+
+// Scores of n keys; kSteps: vectors of a key head, 0 if that is not known here.
+template <class T, int kSteps>
+void score_keys(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot<T>::Input* q, int64_t heads,
+                float* scores) {
+  using P = Dot<T>;
+  const int64_t ld = padded(dk);
+  for (int64_t j = 0; j < n; j += 16) {
+    const int m = static_cast<int>(min<int64_t>(16, n - j));
+    for (int i = 0; i < m; i++) prefetch_later(k + (j + i) * stride, dk * sizeof(T));
+    for (int64_t r = 0; r < heads; r++) {
+      const typename P::Input* x = q + r * ld;
+      alignas(64) vf part[16];
+      const auto dot = [&](int i) {
+        const T* row = k + (j + i) * stride;
+        vf sums = zero();
+        if (kSteps > 0) {
+          for (int s = 0; s < kSteps; s++) sums = P::add(sums, P::weight(row + s * P::kStep), P::input(x + s * P::kStep));
+        } else {
+          int64_t d = 0;
+          for (; d + P::kStep <= dk; d += P::kStep) sums = P::add(sums, P::weight(row + d), P::input(x + d));
+          if (d < dk) sums = P::add(sums, P::weight_n(row + d, dk - d), P::input(x + d));
+        }
+        part[i] = sums;
+      };
+      if (m == 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) dot(i);
+      } else {
+        for (int i = 0; i < m; i++) dot(i);
+        for (int i = m; i < 16; i++) part[i] = zero();
+      }
+      sum_of_each(part, scores + r * kRow + j);
+    }
+  }
+}
+
+template <class T>
+void score(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot<T>::Input* q, int64_t heads, float* scores) {
+  constexpr int step = Dot<T>::kStep;
+  if (dk == 2 * step)
+    score_keys<T, 2>(k, stride, n, dk, q, heads, scores);
+  else if (dk == 4 * step)
+    score_keys<T, 4>(k, stride, n, dk, q, heads, scores);
+  else
+    score_keys<T, 0>(k, stride, n, dk, q, heads, scores);
+}
+
+// Scores of a block -> weights exp(scale score - largest). sums: (dv) of the blocks before, then their largest score and
+// the sum of their weights.
+template <class W>
+void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sums, int64_t dv) {
+  for (int64_t j = n; j < round_up(n, kW); j++) scores[j] = kLowest;
+  vf top = splat(kLowest);
+  for (int64_t j = 0; j < n; j += kW) top = vmax(top, load(scores + j));
+  const float before = sums[dv], now = max(before, largest(top) * scale);
+  vf total = zero();
+  for (int64_t j = 0; j < n; j += kW) {
+    const vf p = rounded_as(weights, exp(vmax(load(scores + j) * scale - now, splat(kNegligible))));
+    store(weights + j, p);
+    total += p;
+  }
+  if (before != now) {
+    const float keep = before == kLowest ? 0.0f : exp(splat(max(before - now, kNegligible)))[0];
+    int64_t d = 0;
+    for (; d + kW <= dv; d += kW) store(sums + d, load(sums + d) * keep);
+    for (; d < dv; d++) sums[d] *= keep;
+    sums[dv] = now;
+    sums[dv + 1] *= keep;
+  }
+  sums[dv + 1] += sum(total);
+}
+
+// sums[r][d] += sum_j p[r][j] v[j][d] for R heads and U vectors of float, of which the last ends at `width`;
+// `later`: bytes of each row to ask for ahead of time
+template <class T, int R, int U>
+void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* sums, int64_t sums_row, int64_t width,
+                int64_t later) {
+  vf a[R][U];
+  for (int r = 0; r < R; r++)
+    for (int u = 0; u < U; u++) a[r][u] = U == 1 ? load_n(sums + r * sums_row, width) : load(sums + r * sums_row + u * kW);
+  for (int64_t j = 0; j < n; j++) {
+    const T* row = v + j * stride;
+    vf x[U];
+    for (int u = 0; u < U; u++) x[u] = U == 1 ? load_n(row, width) : load(row + u * kW);
+    prefetch_later(row, later);
+    for (int r = 0; r < R; r++) {
+      const vf weight = splat(p[r * kRow + j]);
+      for (int u = 0; u < U; u++) a[r][u] += weight * x[u];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int u = 0; u < U; u++)
+      U == 1 ? store_n(sums + r * sums_row, a[r][u], width) : store(sums + r * sums_row + u * kW, a[r][u]);
+}
+
+#if defined(__AVX512BF16__)
+// The same with two keys at a time: (v[j][d], v[j + 1][d]) side by side meet (p[j], p[j + 1]).
+template <class T, int R, int U>
+void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* sums, int64_t sums_row, int64_t width,
+                int64_t later) {
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kPairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  constexpr int C = U == 1 ? 1 : U / 2;  // chunks of 32 values
+  const __mmask32 mask = U == 1 ? (1u << width) - 1 : 0xffffffffu;
+  vf a[R][2 * C];
+  for (int r = 0; r < R; r++)
+    for (int u = 0; u < 2 * C; u++) {
+      float* from = sums + r * sums_row + u * kW;
+      a[r][u] = U > 1 ? load(from) : u == 0 ? load_n(from, width) : zero();
+    }
+  const auto two_keys = [&](const bf16* first, const bf16* second, int64_t j, uint32_t kept) {
+    __m512i pair[2 * C];
+    for (int c = 0; c < C; c++) {
+      const __m512i x = _mm512_maskz_loadu_epi16(mask, first + 32 * c), y = _mm512_maskz_loadu_epi16(mask, second + 32 * c);
+      pair[2 * c] = _mm512_permutex2var_epi16(x, low, y);
+      pair[2 * c + 1] = _mm512_permutex2var_epi16(x, high, y);
+    }
+    for (int r = 0; r < R; r++) {
+      uint32_t both;
+      __builtin_memcpy(&both, p + r * kRow + j, 4);
+      const __m512bh weights = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(both & kept));
+      for (int u = 0; u < (U == 1 ? 1 : 2 * C); u++) a[r][u] = (vf)_mm512_dpbf16_ps((__m512)a[r][u], (__m512bh)pair[u], weights);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) {
+    const bf16* row = v + j * stride;
+    prefetch_later(row, later);
+    prefetch_later(row + stride, later);
+    two_keys(row, row + stride, j, 0xffffffffu);
+  }
+  if (j < n) two_keys(v + j * stride, v + j * stride, j, 0xffffu);
+  for (int r = 0; r < R; r++)
+    for (int u = 0; u < (U == 1 ? 1 : 2 * C); u++)
+      U == 1 ? store_n(sums + r * sums_row, a[r][0], width) : store(sums + r * sums_row + u * kW, a[r][u]);
+}
+#endif
+
+template <class T, int R>
+void weigh_heads(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, float* sums, int64_t sums_row,
+                 int64_t dv) {
+  constexpr int U = kW == 16 ? 4 : 2;
+  // the first pass over the rows asks for all of them
+  const auto later = [&](int64_t d) { return d == 0 ? dv * static_cast<int64_t>(sizeof(T)) : 0; };
+  int64_t d = 0;
+  for (; d + U * kW <= dv; d += U * kW) weigh_tile<T, R, U>(v + d, n, stride, p, sums + d, sums_row, kW, later(d));
+  for (; d < dv; d += kW)
+    weigh_tile<T, R, 1>(v + d, n, stride, p, sums + d, sums_row, min<int64_t>(dv - d, kW), later(d));
+}
+
+template <class T>
+void weigh(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, int64_t heads, float* sums,
+           int64_t sums_row, int64_t dv) {
+  const int64_t parts = ceil_div(heads, 5);
+  for (int64_t part = 0, r = 0; part < parts; part++) {
+    const int64_t count = heads * (part + 1) / parts - r;
+    const typename Weight<T>::type* pr = p + r * kRow;
+    float* sr = sums + r * sums_row;
+    switch (count) {
+      case 1: weigh_heads<T, 1>(v, n, stride, pr, sr, sums_row, dv); break;
+      case 2: weigh_heads<T, 2>(v, n, stride, pr, sr, sums_row, dv); break;
+      case 3: weigh_heads<T, 3>(v, n, stride, pr, sr, sums_row, dv); break;
+      case 4: weigh_heads<T, 4>(v, n, stride, pr, sr, sums_row, dv); break;
+      default: weigh_heads<T, 5>(v, n, stride, pr, sr, sums_row, dv); break;
+    }
+    r += count;
+  }
+}
+
+}  // namespace HYMBA_ISA
+}  // namespace hymba

@@ -8,7 +8,7 @@ from hymba.config import HymbaConfig
 from hymba.engine.decoder import make_decoder
 from hymba.errors import UserError
 
-# float32: rounding of sums in another order. bfloat16: 8 bits, through the few layers of the small model that is checked
+# float32: rounding of sums in another order. bfloat16: 8 bits, through the few layers of the model that is checked
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 PROMPT, STEPS = 200, 8
 

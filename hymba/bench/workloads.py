@@ -1,4 +1,4 @@
-"""What is timed: decoding, prefill and training steps of a model with random weights, and what each must cost at least."""
+"""What is timed: decoding, prefill and training steps of random weights, and what each must cost at least."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,9 +3,9 @@
     python hymba/csrc/build.py                              # -> hymba/ops/libhymba.so
     python hymba/csrc/build.py --output /some/libhymba.so --flags "-g -fsanitize=address"
 
-Needs g++ or clang++ (or $CXX) and nothing else. Kernel files are compiled once for each instruction set of the machine's
-architecture, the files in `ONCE` only once; the library chooses among them when it runs, so it is not tied to the
-processor that built it.
+Needs g++ or clang++ (or $CXX) and nothing else. Kernel files are compiled once for each instruction set of the
+machine's architecture, the files in `ONCE` only once; the library chooses among them when it runs, so it is not tied to
+the processor that built it.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 DEFAULT_OUTPUT = SOURCE.parent / "ops" / f"libhymba{SUFFIX}"
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 warns of its own AVX-512 header
-).split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own AVX-512 header
+]
 ONCE = ("threads.cpp",)
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 # the baseline comes first: should two copies of an inline function ever meet, the linker keeps the one that always runs

@@ -16,6 +16,7 @@ namespace HYMBA_ISA {
 
 constexpr int64_t kBlock = 256;         // keys per block of the softmax
 constexpr int64_t kRow = kBlock + 16;   // a row of scores: kernels write whole vectors
+constexpr int64_t kKeysAtOnce = 16;    // even
 constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.cpp
 constexpr float kLowest = -1e30f;       // stands for no score yet
 constexpr float kNegligible = -200.0f;  // exp of it is 0 beside 1, in range of exp's argument reduction
@@ -109,11 +110,9 @@ void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sum
   sums[dv + 1] += sum(total);
 }
 
-// sums[r][d] += sum_j p[r][j] v[j][d] for R heads and U vectors of float, of which the last ends at `width`;
-// `later`: bytes of each row to ask for ahead of time
+// sums[r][d] += sum_j p[r][j] v[j][d] for R heads and U vectors of float, of which the last ends at `width`
 template <class T, int R, int U>
-void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* sums, int64_t sums_row, int64_t width,
-                int64_t later) {
+void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* sums, int64_t sums_row, int64_t width) {
   vf a[R][U];
   for (int r = 0; r < R; r++)
     for (int u = 0; u < U; u++) a[r][u] = U == 1 ? load_n(sums + r * sums_row, width) : load(sums + r * sums_row + u * kW);
@@ -121,7 +120,7 @@ void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* su
     const T* row = v + j * stride;
     vf x[U];
     for (int u = 0; u < U; u++) x[u] = U == 1 ? load_n(row, width) : load(row + u * kW);
-    prefetch_later(row, later);
+    prefetch_later(row, U * kW * sizeof(T));
     for (int r = 0; r < R; r++) {
       const vf weight = splat(p[r * kRow + j]);
       for (int u = 0; u < U; u++) a[r][u] += weight * x[u];
@@ -135,8 +134,7 @@ void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* su
 #if defined(__AVX512BF16__)
 // The same with two keys at a time: (v[j][d], v[j + 1][d]) side by side meet (p[j], p[j + 1]).
 template <class T, int R, int U>
-void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* sums, int64_t sums_row, int64_t width,
-                int64_t later) {
+void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* sums, int64_t sums_row, int64_t width) {
   alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kPairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -148,7 +146,7 @@ void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* 
       float* from = sums + r * sums_row + u * kW;
       a[r][u] = U > 1 ? load(from) : u == 0 ? load_n(from, width) : zero();
     }
-  const auto two_keys = [&](const bf16* first, const bf16* second, int64_t j, uint32_t kept) {
+  const auto two_keys = [&](const bf16* first, const bf16* second, int64_t j, uint32_t kept) __attribute__((always_inline)) {
     __m512i pair[2 * C];
     for (int c = 0; c < C; c++) {
       const __m512i x = _mm512_maskz_loadu_epi16(mask, first + 32 * c), y = _mm512_maskz_loadu_epi16(mask, second + 32 * c);
@@ -165,8 +163,8 @@ void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* 
   int64_t j = 0;
   for (; j + 2 <= n; j += 2) {
     const bf16* row = v + j * stride;
-    prefetch_later(row, later);
-    prefetch_later(row + stride, later);
+    prefetch_later(row, U * kW * sizeof(T));
+    prefetch_later(row + stride, U * kW * sizeof(T));
     two_keys(row, row + stride, j, 0xffffffffu);
   }
   if (j < n) two_keys(v + j * stride, v + j * stride, j, 0xffffu);
@@ -180,12 +178,15 @@ template <class T, int R>
 void weigh_heads(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, float* sums, int64_t sums_row,
                  int64_t dv) {
   constexpr int U = kW == 16 ? 4 : 2;
-  // the first pass over the rows asks for all of them
-  const auto later = [&](int64_t d) { return d == 0 ? dv * static_cast<int64_t>(sizeof(T)) : 0; };
-  int64_t d = 0;
-  for (; d + U * kW <= dv; d += U * kW) weigh_tile<T, R, U>(v + d, n, stride, p, sums + d, sums_row, kW, later(d));
-  for (; d < dv; d += kW)
-    weigh_tile<T, R, 1>(v + d, n, stride, p, sums + d, sums_row, min<int64_t>(dv - d, kW), later(d));
+  // few keys at a time, so that all passes over a row find it in the first-level cache, and memory is asked evenly
+  for (int64_t j = 0; j < n; j += kKeysAtOnce) {
+    const T* part = v + j * stride;
+    const int64_t count = min(kKeysAtOnce, n - j);
+    int64_t d = 0;
+    for (; d + U * kW <= dv; d += U * kW) weigh_tile<T, R, U>(part + d, count, stride, p + j, sums + d, sums_row, kW);
+    for (; d < dv; d += kW)
+      weigh_tile<T, R, 1>(part + d, count, stride, p + j, sums + d, sums_row, min<int64_t>(dv - d, kW));
+  }
 }
 
 template <class T>

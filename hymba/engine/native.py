@@ -1,8 +1,8 @@
 """Decoding on a CPU: one call into the native library per token, with all layers inside (`hymba/csrc/decode.cpp`).
 
-It computes what `model(ids, cache=cache)` computes for one new token in every row, on the same cache, which it advances in
-the same way; the two may take turns. Matrices are read where the model keeps them. Small parameters are copied, some in
-a form that suits the kernel, so make a decoder after the weights are final.
+It computes what `model(ids, cache=cache)` computes for one new token in every row, on the same cache, which it advances
+in the same way; the two may take turns. Matrices are read where the model keeps them. Small parameters are copied, some
+in a form that suits the kernel, so make a decoder after the weights are final.
 """
 
 import ctypes
@@ -116,7 +116,8 @@ class NativeDecoder:
             self._head_norm(heads.attention.q_norm, self.config.n_heads),
             self._head_norm(heads.attention.k_norm, self.config.n_kv_heads),
             floats(mamba.conv_weight.T), floats(mamba.conv_bias),
-            floats(mamba.dt_norm.weight), floats(mamba.B_norm.weight), floats(mamba.C_norm.weight), floats(mamba.dt_bias),
+            floats(mamba.dt_norm.weight), floats(mamba.B_norm.weight), floats(mamba.C_norm.weight),
+            floats(mamba.dt_bias),
             floats(-log2e * torch.exp(mamba.A_log.float())), floats(mamba.D),
             floats(heads.attn_norm.weight), floats(heads.ssm_norm.weight), floats(block.mlp_norm.weight),
             plan.producer, -1 if plan.window is None else plan.window,

@@ -8,8 +8,8 @@ they are tied). Under int4 the last three stay at 8 bits: they are 4% of Hymba-1
 how far the SSM steps) suffers most. Everything small keeps its dtype.
 
 A quantised model only computes: its weights have no gradient, though gradients flow through it to other parameters.
-On a CPU with the native library, activations are quantised too, to int8 in groups of 32 (`hymba/csrc/matvec.cpp`); without
-it, or elsewhere, weights are expanded a slice at a time.
+On a CPU with the native library, activations are quantised too, to int8 in groups of 32 (`hymba/csrc/matvec.cpp`);
+without it, or elsewhere, weights are expanded a slice at a time.
 """
 
 import mmap
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 GROUP = 32  # inputs that share an int4 scale, and an activation scale
 BLOCK = 16  # rows that the kernels' layout keeps together
-# The least-squares quantiser of normally distributed weights whose groups are scaled by their own best scale, in units of
-# 1 / 127: 0.9 dB better than 16 equal steps, 1.7 dB for weights with heavier tails. csrc/matvec.cpp has the same.
+# The least-squares quantiser of normally distributed weights whose groups are scaled by their own best scale, in units
+# of 1 / 127: 0.9 dB better than 16 equal steps, 1.7 dB for weights with heavier tails. csrc/matvec.cpp has the same.
 LEVELS = (-127, -101, -79, -62, -48, -34, -22, -9, 2, 14, 25, 37, 50, 65, 83, 107)
 # which multiple of a level the largest weight of a group is tried at; scales are then refined by least squares
 _ANCHORS = (-127 * 1.1, -127, -127 * 0.93, -127 * 0.86, 107 * 1.1, 107, 107 * 0.92)
@@ -85,8 +85,8 @@ class QuantMatrix(nn.Module):
     # -- as stored: codes and scales in rows
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """-> int8: (rows, cols) int8, scales (rows,) float32; int4: (rows, groups * 16) uint8, the code of an even column
-        in the low nibble, scales (rows, groups) bfloat16"""
+        """-> int8: (rows, cols) int8, scales (rows,) float32; int4: (rows, groups * 16) uint8, the code of an even
+        column in the low nibble, scales (rows, groups) bfloat16"""
         parts = [self._get(first, last) for first, last in self._slices()]
         codes, scales = (torch.cat(x) for x in zip(*parts, strict=True))
         if self.bits == 8:

@@ -1,4 +1,4 @@
-"""`native.py` for code under `torch.compile`: every kernel is an operator of `torch.library`, so that a graph stays whole.
+"""`native.py` under `torch.compile`: every kernel is an operator of `torch.library`, so that a graph stays whole.
 
 Eager code does not come this way, because an operator costs 17 us more per call than a plain function, and 34 us more
 than a `torch.autograd.Function` where a gradient is wanted (measured; a small model makes hundreds of calls a step).

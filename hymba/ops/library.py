@@ -111,7 +111,7 @@ def _packer(layout: str) -> Callable[..., bytes]:
 
 
 def call(name: str, *values: int | float) -> None:
-    """Run a kernel. values: the fields of its argument struct in order, int for pointers and int64_t, float for double"""
+    """Run a kernel. values: the fields of its argument struct, int for pointers and int64_t, float for double"""
     layout = "".join(["d" if type(value) is float else "q" for value in values])
     kernel(name)(_packer(layout)(*values))
 

@@ -1,4 +1,4 @@
-"""The operations of `reference.py` on the CPU, by the kernels in `hymba/csrc`; float32 and bfloat16, gradients included.
+"""The operations of `reference.py` on the CPU, by the kernels in `hymba/csrc`, in float32 and bfloat16, with gradients.
 
 Every operation is a pair of plain functions, forward and backward, that allocate tensors and call a kernel. Eager code
 reaches them through `torch.autograd.Function`; code under `torch.compile` through `compiled.py`.
@@ -358,7 +358,7 @@ def attention_forward(q, positions, documents, sources, window, n_meta, scale, k
 def attention_backward(q, positions, documents, sources, window, n_meta, scale, y, lse, gy):
     """-> gradient of q, of each source's k, of each source's v"""
     fields, tail, alive = _attention_fields(q, positions, documents, sources, window, n_meta, scale)
-    (B, H, T, dk), G, dv = q.shape, sources[0].k.shape[1], sources[0].v.shape[3]
+    (B, _, _, dk), G, dv = q.shape, sources[0].k.shape[1], sources[0].v.shape[3]
     gy, n_threads = _same(gy, q.dtype), fields[1]
     dq = torch.empty(q.shape, dtype=q.dtype)
     # rows and key heads are independent; if there are too few for the threads, query blocks are dealt out as well

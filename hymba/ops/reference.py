@@ -121,7 +121,7 @@ def attention(
     query sees which key; query head h reads key head h G / H (Ainslie et al., arXiv 2305.13245)
     -> (B, T, H dv). A query that sees nothing (padding) gets some finite value.
     """
-    B, H, T, _ = q.shape
+    B, H = q.shape[:2]
     G = sources[0].k.shape[1]
     grouped = q.float().unflatten(1, (G, H // G))  # (B, G, R, T, dk)
     scores = []

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from hymba.config import MAX_LAYERS, HymbaConfig, brief
 from hymba.errors import UserError
 from hymba.files import write_files
+from hymba.model import quant
 
 if TYPE_CHECKING:
     from hymba.model.hymba import Hymba
@@ -102,7 +103,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 INTERPRETED = {
     "attn_hidden_size", "conv_dim", "global_attn_idx", "kq_head_dim", "kv_reuse_every_i_layer", "kv_reuse_group",
-    "layer_type", "mamba_dt_rank", "rope", "rope_type",
+    "layer_type", "mamba_dt_rank", "quantization", "rope", "rope_type",
 }  # fmt: skip
 
 
@@ -134,6 +135,7 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
     except UserError as error:
         raise UserError(f"{CONFIG_FILE}: {_in_official_words(str(error))}") from None
     _check_sizes(values, config)
+    _quantisation(values)
     return config
 
 
@@ -211,6 +213,14 @@ def _kv_groups(values: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
     if every < 2 or type(n) is not int or n > MAX_LAYERS:  # HymbaConfig refuses the latter two
         return ()
     return tuple(tuple(range(i, min(i + every, n))) for i in range(0, n - 1, every))
+
+
+def _quantisation(values: dict[str, Any]) -> str | None:
+    """How the weights are quantised: our own key, which released checkpoints do not have."""
+    try:
+        return quant.parse_settings(values["quantization"]) if "quantization" in values else None
+    except UserError as error:
+        raise UserError(f"{CONFIG_FILE}: {error}") from None
 
 
 def _rope(values: dict[str, Any]) -> str:
@@ -345,12 +355,18 @@ def _absence(path: Path) -> str:
 
 def load_config(folder: Path) -> tuple[HymbaConfig, torch.dtype | None]:
     """Config of a checkpoint, and the dtype it names."""
+    config, dtype, _ = _load_config(folder)
+    return config, dtype
+
+
+def _load_config(folder: Path) -> tuple[HymbaConfig, torch.dtype | None, str | None]:
+    """Config, dtype, and the kind of quantisation."""
     values = read_json(folder / CONFIG_FILE)
     config = config_from_official(values)
     name = values.get("torch_dtype", values.get("dtype"))
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
         raise UserError(f"{CONFIG_FILE}: torch_dtype={brief(name)} is not supported; choose from {', '.join(DTYPES)}")
-    return config, DTYPES.get(name)
+    return config, DTYPES.get(name), _quantisation(values)
 
 
 def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.dtype:
@@ -371,7 +387,7 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
     from hymba.model.hymba import Hymba
 
     folder = resolve(path)
-    config, stored = load_config(folder)
+    config, stored, kind = _load_config(folder)
     dtype = parse_dtype(dtype, stored)
     try:
         torch.empty(0, device=device)
@@ -386,7 +402,9 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
             )
         try:
             with torch.device("meta"), _WithoutInit():
-                model = Hymba(config)
+                model = Hymba(config).to(dtype)
+                if kind:
+                    quant.prepare(model, kind, dtype)
         except RuntimeError as error:  # sizes whose product no tensor can have
             raise UserError(f"{folder}: the sizes in {CONFIG_FILE} are too large ({_reason(error)})") from None
         _check_tensors(folder, model, tensors)
@@ -395,6 +413,10 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
             # A is exponentiated twice: the released model keeps it in float32 whatever its dtype
             kept = torch.float32 if name.endswith("A_log") else dtype
             _assign(model, name, nn.Parameter(x.to(device, kept), requires_grad=parameter.requires_grad))
+        for name, matrix in quant.matrices(model):
+            official = official_name(name)
+            codes, scales = (_read_tensor(folder, tensors, x) for x in (official, official + quant.SCALE_SUFFIX))
+            matrix.load_stored(codes, scales, device)
         if config.tie_embeddings and LM_HEAD in tensors:  # some writers keep a copy of the tied weight
             copy, embedding = (_read_tensor(folder, tensors, name) for name in (LM_HEAD, EMBEDDING))
             if copy.dtype != embedding.dtype or not torch.equal(copy, embedding):
@@ -404,7 +426,7 @@ def load_model(path: str | os.PathLike, *, device: str | torch.device, dtype: to
                 )
     if config.n_meta == 0:
         model.meta_tokens = nn.Parameter(torch.empty(0, config.d_model, device=device, dtype=dtype))
-    if config.tie_embeddings:
+    if config.tie_embeddings and not kind:
         model.lm_head.weight = model.embedding.weight
     return model.eval()
 
@@ -429,17 +451,21 @@ def save_model(model: "Hymba", directory: str | os.PathLike, *, max_shard_bytes:
     if limit < 1:
         raise UserError(f"max_shard_bytes={limit} must be positive")
     # that of nearly all weights: A_log is always float32
-    dtype = model.embedding.weight.dtype
+    dtype = model.norm.weight.dtype
     if dtype not in DTYPES.values():
         raise UserError(f"weights of {dtype} cannot be saved; convert them to one of {', '.join(DTYPES)} before")
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, official, parameter in stored_parameters(model):
-        bytes_ = parameter.numel() * parameter.element_size()
+    tensors = [(official, to_official_shape(name, x.detach())) for name, official, x in stored_parameters(model)]
+    for name, matrix in quant.matrices(model):
+        codes, scales = matrix.stored()
+        tensors += [(official_name(name), codes), (official_name(name) + quant.SCALE_SUFFIX, scales)]
+    for official, x in tensors:
+        bytes_ = x.numel() * x.element_size()
         if shards[-1] and size + bytes_ > limit:
             shards.append({})
             size = 0
-        shards[-1][official] = to_official_shape(name, parameter.detach())
+        shards[-1][official] = x
         size, total = size + bytes_, total + bytes_
     n = len(shards)
     names = [WEIGHTS_FILE] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
@@ -448,7 +474,10 @@ def save_model(model: "Hymba", directory: str | os.PathLike, *, max_shard_bytes:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         writers[folder / INDEX_FILE] = _json_writer(index)
-    writers[folder / CONFIG_FILE] = _json_writer(config_to_official(model.config, dtype))
+    config = config_to_official(model.config, dtype)
+    if kind := quant.quantisation(model):
+        config["quantization"] = quant.settings(kind)
+    writers[folder / CONFIG_FILE] = _json_writer(config)
     write_files(writers)
     # weights of an earlier save in the other form: first the single file, which would be read in place of these
     stale = {path for path in folder.iterdir() if OUR_FILES.fullmatch(path.name)} - set(writers)
@@ -522,7 +551,13 @@ def _read_tensor(folder: Path, tensors: dict[str, Any], name: str) -> Tensor:
 
 
 def _check_tensors(folder: Path, model: nn.Module, tensors: dict[str, Any]) -> None:
-    expected = {official: to_official_shape(name, p) for name, official, p in stored_parameters(model)}
+    floating = ("F32", "BF16", "F16", "F64")
+    expected = {o: (tuple(to_official_shape(name, p).shape), floating) for name, o, p in stored_parameters(model)}
+    for name, matrix in quant.matrices(model):
+        codes, scales = matrix.stored_shapes()
+        integers = ("I8",) if matrix.bits == 8 else ("U8",)
+        expected[official_name(name)] = codes, integers
+        expected[official_name(name) + quant.SCALE_SUFFIX] = scales, floating
     found = set(tensors)
     if model.config.tie_embeddings:
         found.discard(LM_HEAD)  # compared when it is read
@@ -531,14 +566,15 @@ def _check_tensors(folder: Path, model: nn.Module, tensors: dict[str, Any]) -> N
             first = sorted(names)
             more = f" and {len(first) - 1} more" if len(first) > 1 else ""
             raise UserError(f"{folder}: tensor {brief(first[0])}{more} {'are' if more else 'is'} {problem}")
-    for name, x in expected.items():
+    for name, (shape, dtypes) in expected.items():
         piece = tensors[name].get_slice(name)
-        if tuple(piece.get_shape()) != tuple(x.shape):
+        if tuple(piece.get_shape()) != shape:
             raise UserError(
-                f"{folder}: tensor {name} has shape {list(piece.get_shape())}, {CONFIG_FILE} asks for {list(x.shape)}"
+                f"{folder}: tensor {name} has shape {list(piece.get_shape())}, {CONFIG_FILE} asks for {list(shape)}"
             )
-        if piece.get_dtype() not in ("F32", "BF16", "F16", "F64"):
-            raise UserError(f"{folder}: tensor {name} has dtype {piece.get_dtype()}, which is no floating point weight")
+        if piece.get_dtype() not in dtypes:
+            kind = "floating point weight" if dtypes == floating else "quantised weight"
+            raise UserError(f"{folder}: tensor {name} has dtype {piece.get_dtype()}, which is no {kind}")
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -16,7 +16,7 @@ VERBS = {
     "generate": "Continue texts.",
     "chat": "Talk to a model in the terminal.",
     "info": "Show what a model is made of and what its cache costs.",
-    "convert": "Save a checkpoint in another dtype or split into other files.",
+    "convert": "Save a checkpoint in another dtype, quantised, or in other files.",
     "bench": "Time decoding, prefill and training against this machine's limits.",
     "doctor": "Show what this machine offers and which fast paths are on.",
 }

@@ -16,20 +16,25 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", default="auto", show_default=True,
               type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="auto: as it is.")  # fmt: skip
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights of 8 or 4 bits.")
 @click.option("--max-shard", metavar="SIZE", help="Largest weight file, e.g. 500MB.  [default: 5GB]")
-def convert(source: str, target: Path, dtype: str, max_shard: str | None) -> None:
+def convert(source: str, target: Path, dtype: str, quantize: str | None, max_shard: str | None) -> None:
     """Save the checkpoint SOURCE (a folder or hub id) in the folder TARGET, with its tokenizer.
 
     Both are in the official layout: official tensor names and config, safetensors, one file or shards with an index.
+    Quantised weights keep their names, and have their scales beside them; only this package reads them.
     """
     limit = None if max_shard is None else parse_size(max_shard)
     with waiting("converting"):
         from hymba.convert import load_model, resolve
+        from hymba.model.quant import quantize_
         from hymba.tokenizer import Tokenizer
 
         folder = resolve(source)
         model = load_model(folder, device="cpu", dtype=dtype)
         tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+        if quantize:
+            quantize_(model, quantize)
         model.save_pretrained(target, max_shard_bytes=limit)
         if tokenizer:
             tokenizer.save_pretrained(target)

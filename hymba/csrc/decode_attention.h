@@ -16,7 +16,7 @@ namespace HYMBA_ISA {
 
 constexpr int64_t kBlock = 256;         // keys per block of the softmax
 constexpr int64_t kRow = kBlock + 16;   // a row of scores: kernels write whole vectors
-constexpr int64_t kKeysAtOnce = 16;    // even
+constexpr int64_t kKeysAtOnce = 32;    // even
 constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.cpp
 constexpr float kLowest = -1e30f;       // stands for no score yet
 constexpr float kNegligible = -200.0f;  // exp of it is 0 beside 1, in range of exp's argument reduction
@@ -111,22 +111,30 @@ void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sum
 }
 
 // sums[r][d] += sum_j p[r][j] v[j][d] for R heads and U vectors of float, of which the last ends at `width`
+// (Loops over registers are unrolled by order: left to itself, GCC 12 keeps the sums in memory.)
 template <class T, int R, int U>
 void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, float* sums, int64_t sums_row, int64_t width) {
   vf a[R][U];
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int u = 0; u < U; u++) a[r][u] = U == 1 ? load_n(sums + r * sums_row, width) : load(sums + r * sums_row + u * kW);
   for (int64_t j = 0; j < n; j++) {
     const T* row = v + j * stride;
     vf x[U];
+#pragma GCC unroll 8
     for (int u = 0; u < U; u++) x[u] = U == 1 ? load_n(row, width) : load(row + u * kW);
     prefetch_later(row, U * kW * sizeof(T));
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const vf weight = splat(p[r * kRow + j]);
+#pragma GCC unroll 8
       for (int u = 0; u < U; u++) a[r][u] += weight * x[u];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int u = 0; u < U; u++)
       U == 1 ? store_n(sums + r * sums_row, a[r][u], width) : store(sums + r * sums_row + u * kW, a[r][u]);
 }
@@ -141,34 +149,38 @@ void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* 
   constexpr int C = U == 1 ? 1 : U / 2;  // chunks of 32 values
   const __mmask32 mask = U == 1 ? (1u << width) - 1 : 0xffffffffu;
   vf a[R][2 * C];
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int u = 0; u < 2 * C; u++) {
       float* from = sums + r * sums_row + u * kW;
       a[r][u] = U > 1 ? load(from) : u == 0 ? load_n(from, width) : zero();
     }
-  const auto two_keys = [&](const bf16* first, const bf16* second, int64_t j, uint32_t kept) __attribute__((always_inline)) {
+  for (int64_t j = 0; j < n; j += 2) {
+    const bool odd = j + 1 == n;  // the last key alone: paired with itself, at weight 0
+    const bf16 *first = v + j * stride, *second = odd ? first : first + stride;
+    const uint32_t kept = odd ? 0xffffu : 0xffffffffu;
+    prefetch_later(first, U * kW * sizeof(bf16));
+    prefetch_later(second, U * kW * sizeof(bf16));
     __m512i pair[2 * C];
+#pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       const __m512i x = _mm512_maskz_loadu_epi16(mask, first + 32 * c), y = _mm512_maskz_loadu_epi16(mask, second + 32 * c);
       pair[2 * c] = _mm512_permutex2var_epi16(x, low, y);
       pair[2 * c + 1] = _mm512_permutex2var_epi16(x, high, y);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       uint32_t both;
       __builtin_memcpy(&both, p + r * kRow + j, 4);
       const __m512bh weights = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(both & kept));
-      for (int u = 0; u < (U == 1 ? 1 : 2 * C); u++) a[r][u] = (vf)_mm512_dpbf16_ps((__m512)a[r][u], (__m512bh)pair[u], weights);
+#pragma GCC unroll 8
+      for (int u = 0; u < 2 * C; u++) a[r][u] = (vf)_mm512_dpbf16_ps((__m512)a[r][u], (__m512bh)pair[u], weights);
     }
-  };
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    const bf16* row = v + j * stride;
-    prefetch_later(row, U * kW * sizeof(T));
-    prefetch_later(row + stride, U * kW * sizeof(T));
-    two_keys(row, row + stride, j, 0xffffffffu);
   }
-  if (j < n) two_keys(v + j * stride, v + j * stride, j, 0xffffu);
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int u = 0; u < (U == 1 ? 1 : 2 * C); u++)
       U == 1 ? store_n(sums + r * sums_row, a[r][0], width) : store(sums + r * sums_row + u * kW, a[r][u]);
 }

@@ -252,7 +252,11 @@ HYMBA_INLINE vf exp(vf x) {
 #endif
 }
 
-HYMBA_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+// from e^-|x|, so that it does not lose the tail below 0
+HYMBA_INLINE vf sigmoid(vf x) {
+  const vf e = exp(-vabs(x));
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
 
 // log(1 + u) for 0 <= u <= 1, as 2 atanh(u / (2 + u)); relative error 1.4e-7
 HYMBA_INLINE vf log1p(vf u) {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hymba import ops
-from hymba.engine import native
+from hymba.engine import cuda, native
 from hymba.model.cache import HymbaCache
 from hymba.model.hymba import Hymba
 
@@ -18,6 +18,9 @@ def make_decoder(model: Hymba, max_batch: int) -> Decoder:
     kernels = ops.BACKENDS.get("native")
     if kernels is not None and ops.backend(model.norm.weight) is kernels and native.supports(model) is None:
         return native.NativeDecoder(model, max_batch).step
+    kernels = ops.BACKENDS.get("gpu")
+    if kernels is not None and ops.backend(model.norm.weight) is kernels and cuda.supports(model) is None:
+        return cuda.GraphDecoder(model, max_batch).step
 
     def decode(ids: Tensor, cache: HymbaCache) -> Tensor:
         hidden = model.hidden(ids[:, None].to(model.meta_tokens.device), cache=cache)

@@ -17,6 +17,7 @@ from hymba.engine.sampling import SamplingParams
 from hymba.engine.sequence import Sequence
 from hymba.errors import UserError
 from hymba.model.hymba import Hymba
+from hymba.model.quant import quantisation, quantize_
 from hymba.tokenizer import Tokenizer
 
 Prompt = str | Ids[int]
@@ -83,15 +84,19 @@ class LLM:
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | str = "auto",
+        quantize: str | None = None,
         max_batch: int = 8,
         max_length: int | None = None,
     ):
         """path: folder or hub id; device: `auto` is the GPU if there is one; dtype: `auto` is the checkpoint's;
+        quantize: "int8" or "int4" weights, unless the checkpoint is quantised that way already;
         max_batch: prompts that are worked on at the same time; max_length: tokens of prompt and completion."""
         folder = resolve(path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
+        if quantize is not None and quantisation(self.model) != quantize:
+            quantize_(self.model, quantize)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise UserError(

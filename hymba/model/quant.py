@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hymba.config import brief
 from hymba.errors import UserError
 from hymba.ops import library
 
@@ -92,6 +93,12 @@ class QuantMatrix(nn.Module):
         if self.bits == 8:
             return codes[:, : self.cols].contiguous(), scales
         return codes[:, ::2] | codes[:, 1::2] << 4, scales
+
+    def stored_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what `stored` gives."""
+        if self.bits == 8:
+            return (self.rows, self.cols), (self.rows,)
+        return (self.rows, self.groups * GROUP // 2), (self.rows, self.groups)
 
     def load_stored(self, codes: Tensor, scales: Tensor, device: torch.device | str = "cpu") -> None:
         """Take what `stored` gave."""
@@ -326,17 +333,19 @@ def parse_settings(values: Any) -> str:
     bits = values.get("bits") if isinstance(values, dict) else None
     kind = next((kind for kind, n in NAMES.items() if type(bits) is int and n == bits), None)
     if kind is None:
-        raise UserError(f"quantization must be an object with bits 8 or 4, not {str(values)[:80]}")
+        raise UserError(f"quantization must be an object with bits 8 or 4, not {brief(values)}")
     expected = settings(kind)
     for key in sorted(set(values) | set(expected)):
         if values.get(key) != expected.get(key):
             raise UserError(
-                f"quantization: {key}={str(values.get(key))[:80]} is not supported, only {expected.get(key)}; "
+                f"quantization: {key}={brief(values.get(key))} is not supported, only {expected.get(key)}; "
                 "convert the original checkpoint with this version"
             )
     return kind
 
 
-def prepare(model: "Hymba", kind: str) -> None:
-    """Make a model without storage (device "meta") one whose quantised matrices are then loaded."""
+def prepare(model: "Hymba", kind: str, dtype: torch.dtype) -> None:
+    """Make a model without storage (device "meta") one whose quantised matrices are then loaded; dtype: what it computes
+    in."""
     _replace(model, NAMES[kind], lambda weight, bits: QuantMatrix(bits, *weight.shape))
+    model.embedding.dtype = dtype

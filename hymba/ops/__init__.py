@@ -3,6 +3,7 @@
 Every backend is a module with the functions of `reference.py`, which is the definition:
 
     native      C++ kernels for the CPU (float32, bfloat16), if the package was installed with them
+    gpu         Triton kernels for CUDA (float32, bfloat16, float16), where there is a device and `triton`
     torch       plain PyTorch without long Python loops, for every device and type
     reference   the definition
 
@@ -12,6 +13,7 @@ Every backend is a module with the functions of `reference.py`, which is the def
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -25,6 +27,10 @@ if library.available():
     from hymba.ops import compiled, native
 
     BACKENDS = {"native": native, **BACKENDS}
+if torch.cuda.is_available() and find_spec("triton"):
+    from hymba.ops import gpu
+
+    BACKENDS = {"gpu": gpu, **BACKENDS}
 
 _forced: str | None = os.environ.get("HYMBA_BACKEND") or None
 
@@ -36,6 +42,8 @@ def backend(x: Tensor) -> ModuleType:
         module = _backend(_forced)
     elif "native" in BACKENDS and native.supports(x):
         module = native
+    elif "gpu" in BACKENDS and gpu.supports(x):
+        return gpu
     if "native" in BACKENDS and module is native and torch.compiler.is_compiling():
         return compiled
     return module
@@ -56,6 +64,7 @@ def describe() -> dict[str, str]:
     return {
         "CPU, float32 and bfloat16": native_cpu,
         "CPU, other types": "torch: the native kernels know float32 and bfloat16 only",
+        "CUDA": "gpu: Triton kernels" if "gpu" in BACKENDS else "torch: no CUDA device, or no package `triton`",
         "other devices": "torch: plain PyTorch",
     }
 

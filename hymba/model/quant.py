@@ -338,8 +338,8 @@ def parse_settings(values: Any) -> str:
     for key in sorted(set(values) | set(expected)):
         if values.get(key) != expected.get(key):
             raise UserError(
-                f"quantization: {key}={brief(values.get(key))} is not supported, only {expected.get(key)}; "
-                "convert the original checkpoint with this version"
+                f"quantization: {key}={brief(values.get(key))} is not supported, "
+                f"only {expected.get(key)}; convert the original checkpoint with this version"
             )
     return kind
 

@@ -178,9 +178,14 @@ void barrier(int n_threads) {
 
 void* scratch(int slot, size_t bytes) {
   static thread_local Scratch mine;
-  if (mine.size[slot] < bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  const size_t size = bytes > 0 ? bytes : 1;  // exactly, so that the sanitizer sees what lies beyond
+  mine.size[slot] = 0;
+#else
+  const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+#endif
+  if (mine.data[slot] == nullptr || mine.size[slot] < bytes) {
     std::free(mine.data[slot]);
-    const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
     mine.size[slot] = 0;
     mine.data[slot] = nullptr;
     if (posix_memalign(&mine.data[slot], 64, size) != 0) std::abort();

@@ -345,7 +345,9 @@ def parse_settings(values: Any) -> str:
 
 
 def prepare(model: "Hymba", kind: str, dtype: torch.dtype) -> None:
-    """Make a model without storage (device "meta") one whose quantised matrices are then loaded; dtype: what it computes
-    in."""
+    """Make a model without storage (device "meta") one whose quantised matrices are then loaded.
+
+    dtype: what it computes in
+    """
     _replace(model, NAMES[kind], lambda weight, bits: QuantMatrix(bits, *weight.shape))
     model.embedding.dtype = dtype

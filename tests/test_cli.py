@@ -228,7 +228,7 @@ def test_the_reader_may_go(checkpoint, tmp_path):
 
 def test_an_interrupt_is_exit_130(checkpoint):
     process = start("generate", "-m", checkpoint, PROMPT, "--stream", "--max-tokens", "500", "--ignore-eos")
-    assert process.stdout.read(len(PROMPT) + 1).decode().startswith(PROMPT)
+    assert process.stdout.read(len(PROMPT)) == PROMPT.encode()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -257,7 +257,7 @@ def test_generate_prints_prompt_and_completion(hymba, checkpoint, expected, tmp_
 
 
 def test_many_prompts_from_everywhere_keep_their_order(hymba, checkpoint, expected, tmp_path):
-    (tmp_path / "lines").write_bytes("one\r\n\n  two\nthree\u2028still\n".encode())
+    (tmp_path / "lines").write_bytes("one\r\n\n \t\n  two\nthree\u2028still\n".encode())
     texts = ["zero", "one", "  two", "three\u2028still", "four"]
     sources = ["zero", "-f", tmp_path / "lines", "-f", "-", "--lines"]
     arguments = ["generate", "-m", checkpoint, *sources, "--max-batch", 2, *SHORT]

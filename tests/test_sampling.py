@@ -168,6 +168,11 @@ def test_minus_infinity_excludes(temperature):
         draw([-INF, -INF], temperature=temperature)
 
 
+def test_a_draw_of_nothing_is_no_excluded_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.0, dtype=torch.float64))
+    assert draw([-INF, -INF, 0.3, 1.0]) == 2
+
+
 def test_the_same_seed_is_the_same_draw():
     logits = [0.0] * 1000
     assert draw(logits, seed=7) == draw(logits, seed=7)

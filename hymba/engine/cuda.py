@@ -1,0 +1,210 @@
+"""Decoding on a GPU: a step of all layers as one CUDA graph, so that no time is lost between kernels.
+
+It computes what `model(ids, cache=cache)` computes for one new token in every row, on the same cache, which it advances
+in the same way; the two may take turns. A graph is captured for each batch of cache rows, with the addresses of weights
+and cache in it: make a decoder after the weights are final. The lengths, which a cache keeps on the CPU, have a copy on
+the device, written anew when somebody else moved them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba.errors import UserError
+from hymba.model.attention import QK_NORM_EPS
+from hymba.model.cache import HymbaCache
+from hymba.model.hymba import Block, Hymba
+from hymba.visibility import KeyValue
+
+
+def supports(model: Hymba) -> str | None:
+    """Why this model's decoding cannot be captured, in one sentence; None if it can."""
+    weight = model.norm.weight
+    if not weight.is_cuda:
+        return f"CUDA graphs need a model on a GPU, this one is on {weight.device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the GPU kernels need the package `triton`"
+    plain = [module for module in model.modules() if type(module) is nn.Linear]
+    if len(plain) != sum(isinstance(module, nn.Linear) for module in model.modules()):
+        return "quantised or adapted weights are decoded step by step"
+    return None
+
+
+class GraphDecoder:
+    """Decodes up to `max_batch` rows at a time. Raises `UserError` if the model or the machine does not allow it."""
+
+    def __init__(self, model: Hymba, max_batch: int):
+        reason = supports(model)
+        if reason:
+            raise UserError(reason)
+        self.model, self.config, self.max_batch = model, model.config, max_batch
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        c, device = model.config, model.norm.weight.device
+        # dynamic_ntk rotates like plain RoPE as far as a cache may reach
+        positions = c.n_meta + torch.arange(c.max_length, device=device)[None]
+        cos, sin = model.rope(positions, torch.ones(1, dtype=torch.int64, device=device))
+        half = c.d_key // 2
+        dtype = model.norm.weight.dtype
+        # rounded as `rotate` rounds them
+        self.cos, self.sin = (x[0, 0, :, :half].to(dtype).float().contiguous() for x in (cos, sin))
+        self.rates = [-torch.exp(block.heads.mamba.A_log.detach().float()) for block in model.blocks]
+        self.head_norms = [
+            tuple(_head_norm(norm, heads, c.d_key) for norm, heads in
+                  ((block.heads.attention.q_norm, c.n_heads), (block.heads.attention.k_norm, c.n_kv_heads)))
+            for block in model.blocks
+        ]  # fmt: skip
+
+    def step(self, ids: Tensor, cache: HymbaCache) -> Tensor:
+        """Read one token in every row of the cache, and advance it.
+
+        ids: (B,) -> logits of the next token (B, V) float32. Raises `UserError` for ids that do not fit the cache, and
+        for a full row.
+        """
+        B = cache.batch_size
+        if ids.shape != (B,) or ids.is_floating_point():
+            raise UserError(
+                f"ids must be integers of shape ({B},), one for each row of the cache; got {tuple(ids.shape)}"
+            )
+        if self.max_batch < B:
+            raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
+        longest = 1 + int(cache.lengths.max())
+        if longest > cache.max_length:
+            raise UserError(f"{longest} tokens do not fit a cache of max_length={cache.max_length}")
+        key = (B, cache.conv.data_ptr(), cache.ssm.data_ptr())
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = _Graph(self, cache)
+        return graph.replay(ids, cache)
+
+
+def _head_norm(norm: nn.Module, heads: int, size: int) -> Tensor | None:
+    """One weight for each head, whether the model has one for each or one for all."""
+    if isinstance(norm, nn.Identity):
+        return None
+    return norm.weight.detach().reshape(-1, size).expand(heads, -1).contiguous()
+
+
+class _Graph:
+    """A captured step for the rows of one cache."""
+
+    def __init__(self, decoder: GraphDecoder, cache: HymbaCache):
+        model, B = decoder.model, cache.batch_size
+        self.decoder, self.cache = decoder, cache
+        device = model.norm.weight.device
+        self.ids = torch.zeros(B, dtype=torch.int64, device=device)
+        self.lengths = cache.lengths.to(device, torch.int32)
+        self.expected = cache.lengths.clone()
+        slots = {x.shape[2] for x in cache.k.values()}
+        self.positions = {n: torch.empty(B, n, dtype=torch.int32, device=device) for n in slots}
+        self.now = torch.empty(B, 1, dtype=torch.int32, device=device)
+        self.meta = [
+            state.meta and state.meta._replace(positions=state.meta.positions.to(device, torch.int32))
+            for state in cache.meta
+        ]
+        self.side = torch.cuda.Stream(device)
+        # the warm-up compiles kernels, and must not move the cache
+        kept = [x.clone() for x in (cache.conv, cache.ssm, self.lengths)]
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            self._step()
+            self._restore(kept)
+            self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(self.graph, stream=stream), torch.inference_mode():
+            self.logits = self._step()
+
+    def _restore(self, kept: list[Tensor]) -> None:
+        for x, before in zip((self.cache.conv, self.cache.ssm, self.lengths), kept, strict=True):
+            x.copy_(before)
+
+    def replay(self, ids: Tensor, cache: HymbaCache) -> Tensor:
+        self.ids.copy_(ids, non_blocking=True)
+        if not torch.equal(self.expected, cache.lengths):
+            self.lengths.copy_(cache.lengths)
+            self.expected.copy_(cache.lengths)
+        self.graph.replay()
+        self.expected += 1
+        cache.lengths += 1
+        return self.logits.clone()
+
+    def _step(self) -> Tensor:
+        from hymba.ops.gpu import step
+
+        model, c = self.decoder.model, self.decoder.config
+        for positions in self.positions.values():
+            step.store_positions(self.lengths, positions, c.n_meta)
+        torch.add(self.lengths[:, None], c.n_meta, out=self.now)
+        x = F.embedding(self.ids, model.embedding.weight)  # (B, D)
+        sources: dict[int, tuple[KeyValue, ...]] = {}
+        for plan, block in zip(c.layers, model.blocks, strict=True):
+            if plan.produces_kv:
+                k, v = self.cache.k[plan.index], self.cache.v[plan.index]
+                stored = KeyValue(k, v, self.positions[k.shape[2]])
+                meta = self.meta[plan.index]
+                sources[plan.index] = (stored,) if meta is None else (meta, stored)
+            x = self._layer(x, block, plan, sources[plan.producer])
+        self.lengths.add_(1)
+        return self._linear(x, model.lm_head.weight, norm=model.norm.weight, eps=c.norm_eps, dtype=torch.float32)
+
+    def _layer(self, x: Tensor, block: Block, plan, sources: tuple[KeyValue, ...]) -> Tensor:
+        from hymba.ops import gpu
+        from hymba.ops.gpu import step
+        from hymba.ops.gpu.decode import decode_attention
+
+        c, i, B = self.decoder.config, plan.index, x.shape[0]
+        heads, mamba, attention, mlp = block.heads, block.heads.mamba, block.heads.attention, block.mlp
+        E = c.d_inner
+        proj = self._linear(x, heads.in_proj.weight, norm=block.heads_norm.weight, eps=c.norm_eps)
+        gate = proj[:, proj.shape[1] - E :]
+        q, u, ssm = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E), x.new_empty(B, E)
+        q_norm, k_norm = self.decoder.head_norms[i]
+        step.prepare(
+            proj, self.lengths, self.decoder.cos, self.decoder.sin, q_norm, k_norm, QK_NORM_EPS,
+            self.cache.k.get(i), self.cache.v.get(i), mamba.conv_weight, mamba.conv_bias, self.cache.conv[i],
+            q, u, proj.shape[1] - 2 * E, c.n_kv_heads, c.d_value,
+        )  # fmt: skip
+        # the branches side by side
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            attn = decode_attention(q, self.now, sources, attention.window, c.n_meta, attention.scale)[:, 0]
+        low = self._linear(u, mamba.x_proj.weight)
+        dt = None
+        if B > 1:
+            dt = F.linear(gpu.rms_norm(low[:, : c.dt_rank], mamba.dt_norm.weight, c.norm_eps), mamba.dt_weight)
+        step.scan_step(
+            low, u, dt, mamba.dt_norm.weight, mamba.dt_weight, mamba.dt_bias, self.decoder.rates[i],
+            mamba.B_norm.weight, mamba.C_norm.weight, mamba.D, gate, self.cache.ssm[i], c.norm_eps, ssm,
+        )  # fmt: skip
+        main.wait_stream(self.side)
+        norms = heads.attn_norm.weight, heads.ssm_norm.weight
+        if B == 1:
+            y, hidden, out = torch.empty_like(x), x.new_empty(1, c.d_ff), torch.empty_like(x)
+            step.gemv(attn[0], heads.out_proj.weight, y[0], norm=norms[0], mean_with=(ssm[0], norms[1]), eps=c.norm_eps,
+                      residual=x[0])  # fmt: skip
+            first, up = (mlp.gate_proj.weight, mlp.up_proj.weight) if mlp.gated else (mlp.up_proj.weight, None)
+            step.gemv(
+                y[0], first, hidden[0], norm=block.mlp_norm.weight, eps=c.norm_eps, up=up, squared_relu=up is None
+            )
+            step.gemv(hidden[0], mlp.down_proj.weight, out[0], residual=y[0])
+            return out
+        x = x + F.linear(gpu.mean_of_norms(attn, ssm, *norms, c.norm_eps), heads.out_proj.weight)
+        return x + mlp(gpu.rms_norm(x, block.mlp_norm.weight, c.norm_eps))
+
+    def _linear(
+        self, x: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x: (B, K) -> (B, rows); a batch of one by our own kernel, with the norm in it"""
+        from hymba.ops import gpu
+        from hymba.ops.gpu import step
+
+        if x.shape[0] == 1:
+            y = torch.empty(1, weight.shape[0], dtype=dtype or x.dtype, device=x.device)
+            step.gemv(x[0], weight, y[0], norm=norm, eps=eps)
+            return y
+        y = F.linear(x if norm is None else gpu.rms_norm(x, norm, eps), weight)
+        return y if dtype is None else y.to(dtype)

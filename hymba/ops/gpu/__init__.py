@@ -1,0 +1,109 @@
+"""The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included.
+
+Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
+family says what it computes, how it is tiled and what is float32: scan, conv, norm, attention, decode.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hymba.ops import reference
+from hymba.ops.gpu import attention as _attention
+from hymba.ops.gpu.common import needs_grad
+from hymba.ops.gpu.conv import FAR, conv_forward
+from hymba.ops.gpu.decode import decode_attention
+from hymba.ops.gpu.norm import mean_of_norms_forward, rms_norm_forward
+from hymba.ops.gpu.scan import scan_forward
+from hymba.visibility import KeyValue
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in DTYPES
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dim() > 1:  # one weight for each head: rare and small
+        return reference.rms_norm(x, weight, eps)
+    return rms_norm_forward(x, weight, eps)
+
+
+def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
+    return mean_of_norms_forward(attn, ssm, attn_weight, ssm_weight, eps)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
+    age = None
+    if starts is not None:
+        time = torch.arange(starts.shape[1], device=starts.device)
+        age = (time - torch.where(starts, time, -FAR).cummax(dim=1).values).to(torch.int32)
+    return conv_forward(x, weight, bias, state, age)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    keep = needs_grad(u, dt, dt_bias, A, B, C, D, gate, state)
+    y, last, _ = scan_forward(u, dt, dt_bias, A.float(), B, C, D, gate, state.float(), starts, lengths, keep)
+    return y, last
+
+
+def attention(
+    q: Tensor,
+    positions: Tensor,
+    documents: Tensor | None,
+    sources: Sequence[KeyValue],
+    window: int | None,
+    n_meta: int,
+    scale: float,
+) -> Tensor:
+    B, T = q.shape[0], q.shape[2]
+    if (
+        T == 1
+        and documents is None
+        and len(sources) <= 2
+        and not needs_grad(q, *(x for source in sources for x in source[:2]))
+    ):
+        return decode_attention(q, positions, sources, window, n_meta, scale)
+    k_documents = None
+    if documents is not None:
+        documents = documents.to(torch.int32)
+        own = [_documents(source, B) for source in sources]
+        k_documents = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+    # sources that all rows share stay shared if they are alone
+    rows = max(max(source.k.shape[0], source.positions.shape[0]) for source in sources)
+    k = _join([source.k.to(q.dtype) for source in sources], rows, dim=2)
+    v = _join([source.v.to(q.dtype) for source in sources], rows, dim=2)
+    k_positions = _join([source.positions for source in sources], rows, dim=1).to(torch.int32)
+    return _attention.attention_forward(
+        q, k, v, positions.to(torch.int32), k_positions, documents, k_documents,
+        sources[0].k.shape[2] if len(sources) > 1 else 0,
+        _attention.NO_WINDOW if window is None else window, n_meta, scale,
+    )[0]  # fmt: skip
+
+
+def _documents(source: KeyValue, rows: int) -> Tensor:
+    if source.documents is None:
+        return torch.full(
+            (rows, source.k.shape[2]), _attention.SHARED_BY_ALL, dtype=torch.int32, device=source.k.device
+        )
+    return source.documents.to(torch.int32).expand(rows, -1)
+
+
+def _join(parts: list[Tensor], rows: int, dim: int) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)

@@ -1,0 +1,211 @@
+"""RMSNorm, and the mean of two of them, forward and backward, as Triton kernels.
+
+Math, for a row x of width D, with s = (mean(x^2) + eps)^(-1/2):
+
+    y = w round(x s)          dx = s (g - x s mean(g x s)),  g = w dy          dw = sum over rows of dy round(x s)
+
+Tiling: a program owns BR rows at once, each whole, so that a row is read once; narrow rows (the norms of dt, B and C)
+go many to a program. The backward pass runs on a fixed number of programs, each of which walks over rows and keeps its
+share of dw in registers; shares are added outside in a fixed order.
+
+float32: everything between load and store; x s is rounded to x's dtype before it meets the weight, as in the reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba.ops.gpu.common import library_op
+
+ELEMENTS = 4096  # in a tile, at least
+BACKWARD_PROGRAMS = 528  # four for each of an H100's multiprocessors
+
+
+@triton.jit
+def _normed(x, D, eps):
+    """x: (BR, BD) float32, 0 beyond D -> x s, s"""
+    s = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+    return x * s[:, None], s
+
+
+@triton.jit
+def _forward_kernel(x, weight, y, rows, D, x_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+    r, d = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, BD)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    n, _ = _normed(tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32), D, eps)
+    n = n.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + r[:, None] * D + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _backward_tile(x, dout, w, D, eps, ROUND: tl.constexpr):
+    """-> dx, this tile's part of dw"""
+    n, s = _normed(x, D, eps)
+    g = dout * w[None, :]
+    dx = s[:, None] * (g - n * (tl.sum(g * n, axis=1) / D)[:, None])
+    return dx, tl.sum(dout * n.to(ROUND).to(tl.float32), axis=0)
+
+
+@triton.jit
+def _backward_kernel(x, weight, dy, dx, dw, rows, D, x_row, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    share = tl.zeros((BD,), tl.float32)
+    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
+        r = (first + tl.arange(0, BR)).to(tl.int64)
+        real = (r < rows)[:, None] & (d < D)[None, :]
+        x_tile = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+        dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+        dx_tile, part = _backward_tile(x_tile, dout, w, D, eps, x.dtype.element_ty)
+        share += part
+        tl.store(dx + r[:, None] * D + d[None, :], dx_tile.to(dx.dtype.element_ty), mask=real)
+    tl.store(dw + tl.program_id(0) * D + d, share, mask=d < D)
+
+
+@triton.jit
+def _mean_forward_kernel(a, b, a_weight, b_weight, y, rows, D, eps, BR: tl.constexpr, BD: tl.constexpr):
+    r, d = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, BD)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    at = r[:, None] * D + d[None, :]
+    na, _ = _normed(tl.load(a + at, mask=real, other=0.0).to(tl.float32), D, eps)
+    nb, _ = _normed(tl.load(b + at, mask=real, other=0.0).to(tl.float32), D, eps)
+    na = na.to(a.dtype.element_ty).to(tl.float32) * tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    nb = nb.to(b.dtype.element_ty).to(tl.float32) * tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, ((na + nb) * 0.5).to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _mean_backward_kernel(
+    a, b, a_weight, b_weight, dy, da, db, dwa, dwb, rows, D, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr
+):
+    d = tl.arange(0, BD)
+    wa = tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)
+    wb = tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)
+    share_a, share_b = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
+        r = (first + tl.arange(0, BR)).to(tl.int64)
+        real = (r < rows)[:, None] & (d < D)[None, :]
+        at = r[:, None] * D + d[None, :]
+        dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32) * 0.5
+        x = tl.load(a + at, mask=real, other=0.0).to(tl.float32)
+        dx, part = _backward_tile(x, dout, wa, D, eps, a.dtype.element_ty)
+        share_a += part
+        tl.store(da + at, dx.to(da.dtype.element_ty), mask=real)
+        x = tl.load(b + at, mask=real, other=0.0).to(tl.float32)
+        dx, part = _backward_tile(x, dout, wb, D, eps, b.dtype.element_ty)
+        share_b += part
+        tl.store(db + at, dx.to(db.dtype.element_ty), mask=real)
+    tl.store(dwa + tl.program_id(0) * D + d, share_a, mask=d < D)
+    tl.store(dwb + tl.program_id(0) * D + d, share_b, mask=d < D)
+
+
+def _rows(x: Tensor) -> Tensor:  # (..., D) -> (rows, D) with a contiguous last dimension, without a copy where possible
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tile(D: int) -> dict[str, int]:
+    BD = triton.next_power_of_2(D)
+    return {"BR": max(1, ELEMENTS // BD // 4 if BD < 1024 else 1), "BD": BD, "num_warps": 8 if BD > 2048 else 4}
+
+
+@library_op("rms_norm_forward")
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: (..., D), weight: (D,)"""
+    y, flat = rms_norm_like(x, weight, eps), _rows(x)
+    (rows, D), tile = flat.shape, _tile(x.shape[-1])
+    _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        flat, weight.contiguous(), y, rows, D, flat.stride(0), eps, **tile
+    )  # fmt: skip
+    return y
+
+
+@rms_norm_forward.register_fake
+def rms_norm_like(x, weight, eps):
+    return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+
+
+@library_op("rms_norm_backward")
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
+    flat, dflat, tile = _rows(x), _rows(dy), _tile(x.shape[-1])
+    rows, D = flat.shape
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["BR"]))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dw = torch.empty(programs, D, dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs,)](
+        flat, weight.contiguous(), dflat, dx, dw, rows, D, flat.stride(0), dflat.stride(0), eps, **tile
+    )  # fmt: skip
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+@rms_norm_backward.register_fake
+def _(x, weight, eps, dy):
+    return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, weight))
+
+
+def _rms_setup(ctx, inputs, output):
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    return *torch.ops.hymba_gpu.rms_norm_backward(x, weight, ctx.eps, dy), None
+
+
+rms_norm_forward.register_autograd(_rms_backward, setup_context=_rms_setup)
+
+
+@library_op("mean_of_norms_forward")
+def mean_of_norms_forward(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    """a, b: (..., D), weights: (D,)"""
+    y = mean_of_norms_like(a, b, a_weight, b_weight, eps)
+    a, b, tile = _rows(a).contiguous(), _rows(b).contiguous(), _tile(a.shape[-1])
+    rows, D = a.shape
+    _mean_forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        a, b, a_weight.contiguous(), b_weight.contiguous(), y, rows, D, eps, **tile
+    )  # fmt: skip
+    return y
+
+
+@mean_of_norms_forward.register_fake
+def mean_of_norms_like(a, b, a_weight, b_weight, eps):
+    dtype = torch.promote_types(
+        torch.promote_types(a.dtype, b.dtype), torch.promote_types(a_weight.dtype, b_weight.dtype)
+    )
+    return torch.empty(a.shape, dtype=dtype, device=a.device)
+
+
+@library_op("mean_of_norms_backward")
+def mean_of_norms_backward(
+    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
+    a, b, dflat, tile = _rows(a).contiguous(), _rows(b).contiguous(), _rows(dy), _tile(a.shape[-1])
+    rows, D = a.shape
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["BR"]))
+    dwa, dwb = (torch.empty(programs, D, dtype=torch.float32, device=a.device) for _ in range(2))
+    _mean_backward_kernel[(programs,)](
+        a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dwa, dwb, rows, D, dflat.stride(0), eps,
+        **tile
+    )  # fmt: skip
+    return da, db, dwa.sum(0).to(a_weight.dtype), dwb.sum(0).to(b_weight.dtype)
+
+
+@mean_of_norms_backward.register_fake
+def _(a, b, a_weight, b_weight, eps, dy):
+    return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (a, b, a_weight, b_weight))
+
+
+def _mean_setup(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mean_backward(ctx, dy):
+    return *torch.ops.hymba_gpu.mean_of_norms_backward(*ctx.saved_tensors, ctx.eps, dy), None
+
+
+mean_of_norms_forward.register_autograd(_mean_backward, setup_context=_mean_setup)

@@ -1,1 +1,1 @@
-"""Measurements: the fast paths checked against the reference, then timed against the machine's limits and its peers."""
+"""Measurements: the fast paths checked against the reference, then timed against the machine's limits."""

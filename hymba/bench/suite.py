@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 
 import torch
 
@@ -29,7 +28,7 @@ class Row:
     slowest_ms: float
     mb_per_token: float
     gop_per_token: float
-    share_of_limit: float | None  # None: what the limit is, we do not know (peers' models)
+    share_of_limit: float | None  # None: what it must cost at least is not known
     read_gb_per_second: float  # the machine's, while this ran
     peak_gop_per_second: float
 
@@ -95,7 +94,6 @@ def measure(
 
 def machine() -> dict[str, object]:
     """What a number must be read with."""
-    packages = ("torch", "transformers", "llama-cpp-python")
     return {
         "hymba": __version__,
         "processor": processor(),
@@ -103,7 +101,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "kernels": limits.library.status(),
         "python": platform.python_version(),
-        **{name: version for name in packages if (version := _version(name))},
+        "torch": torch.__version__,
     }
 
 
@@ -113,13 +111,6 @@ def processor() -> str:
             return next(line.split(": ", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def as_json(rows: list[Row]) -> list[dict[str, object]]:

@@ -8,7 +8,7 @@ import click
 from hymba.cli.terminal import job
 from hymba.config import PRESETS
 
-WORKLOADS = ("decode", "prefill", "train", "peers")
+WORKLOADS = ("decode", "prefill", "train")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -16,7 +16,7 @@ PRECISIONS = ("float32", "bfloat16", "int8", "int4")
     epilog="\b\nExamples:\n  hymba bench\n"
     "  hymba bench decode --precision int8 --precision int4 --batch 1 --batch 8 --context 2048"
 )
-@click.argument("what", nargs=-1, metavar="[decode|prefill|train|peers]...", type=click.Choice(WORKLOADS))
+@click.argument("what", nargs=-1, metavar="[decode|prefill|train]...", type=click.Choice(WORKLOADS))
 @click.option("--model", default="1.5B", show_default=True, help=f"Shape: {', '.join(PRESETS)}, or a checkpoint's.")
 @click.option(
     "--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=("bfloat16",),
@@ -38,8 +38,7 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     First the fast path is checked against the reference. Then the workloads run in turn, and the memory's read
     bandwidth and the processor's arithmetic peak are probed around each repetition: what counts is the share of the
-    limit, since a shared machine's speed moves. `peers` adds the transformers models and the llama.cpp files of
-    similar size where those are installed. Ends with one JSON line.
+    limit, since a shared machine's speed moves. Ends with one JSON line.
     """
     import torch
 
@@ -62,10 +61,6 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
             works |= suite.prefill_workloads(config, precision, options["contexts"])
         if "train" in what:
             works |= suite.train_workloads(config, precision)
-        if "peers" in what:
-            from hymba.bench import peers
-
-            works |= peers.workloads(precision, options["batches"], options["contexts"])
         with job(f"measuring {precision}", (options["repeats"] + 1) * len(works), "runs") as bar:
             rows += suite.measure(works, options["repeats"], bar.advance)
         works.clear()  # a model is gone before the next one is made

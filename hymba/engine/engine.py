@@ -149,24 +149,31 @@ class Engine:
             self.remember((sequence.prompt_ids + sequence.token_ids)[:length], self.cache.snapshot(row))
 
     def _admit(self) -> None:
-        """Give free rows to waiting sequences: they read their prompts together."""
-        first = len(self._decoding)
+        """Give free rows to waiting sequences: they read their prompts together.
+
+        A group is padded to its longest prompt. One that would make it more than half padding waits for the next group,
+        unless a single step reads them all.
+        """
+        first, lengths = len(self._decoding), []
         while self._waiting and first + len(self._reading) + len(self._forks) < self.max_batch:
-            sequence = self._waiting.popleft()
+            sequence = self._waiting[0]
             leader = self._reading[-1] if self._reading else None
             if sequence.index > 0 and leader is not None and leader.prompt_ids == sequence.prompt_ids:
-                self._forks.append((sequence, leader))
+                self._forks.append((self._waiting.popleft(), leader))
                 continue
+            key, snapshot = self.remembered(sequence.prompt_ids) or ((), None)
+            lengths.append(len(sequence.prompt_ids) - len(key))
+            if len(lengths) * max(lengths) > max(self.prefill_chunk, 2 * sum(lengths)):
+                break
             row = first + len(self._reading)
             self.cache.reset(row)
-            if known := self.remembered(sequence.prompt_ids):
-                key, snapshot = known
+            if snapshot:
                 try:
                     self.cache.restore(row, snapshot)
                     sequence.read = len(key)
                 except UserError:  # from a file, and of another shape than it says: read the prompt from its beginning
                     del self._snapshots[key]
-            self._reading.append(sequence)
+            self._reading.append(self._waiting.popleft())
 
     def _read(self) -> list[Sequence]:
         """Read the next piece of the admitted prompts; when all are through, they decode from now on."""

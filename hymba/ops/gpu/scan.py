@@ -32,6 +32,7 @@ GROUP = 8
 CHANNELS = 8 if INTERPRET else 32
 # programs of one warp that fill a large card; fewer channels than that are walked in several segments of time at once
 WANTED, LEAST_SEGMENT = (8, 16) if INTERPRET else (1600, 128)
+STAGES = tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 FORGET = tl.constexpr(1e30)
 
@@ -70,7 +71,7 @@ def _forward_kernel(
     total = tl.zeros((BE,), tl.float32)
     begin = segment * steps
     end = tl.minimum(begin + steps, T)
-    for t0 in range(begin, end, GROUP):
+    for t0 in tl.range(begin, end, GROUP, num_stages=STAGES):
         if KEEP:
             tl.store(kept + ((row * groups + t0 // GROUP) * N + n[:, None]) * E + e[None, :], h, mask=real)
         xs, ds, zs, bs, cs = (), (), (), (), ()
@@ -157,7 +158,7 @@ def _backward_kernel(
     column = tl.arange(0, 16)
     left = tl.where((column == 0)[None, :], tl.full((BE, 16), 1.0, tl.float32), 0.0)
     right = tl.where((column == 1)[None, :], tl.full((BE, 16), 1.0, tl.float32), 0.0)
-    for i in range(0, groups):
+    for i in tl.range(0, groups, num_stages=STAGES):
         t0 = (groups - 1 - i) * GROUP
         h = tl.load(kept + ((row * groups + t0 // GROUP) * N + n[:, None]) * E + e[None, :], mask=real, other=0.0)
         # the states of this group once more

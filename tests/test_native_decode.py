@@ -1,0 +1,260 @@
+"""One call per token does what the model does, on the same cache, with any instruction set and any number of threads
+(that threads change no bit is a test of its own; the others use one, which costs less on a busy machine)."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import (
+    GOLDEN,
+    GOLDEN_CASES,
+    TINY,
+    VARIANTS,
+    WINDOW,
+    assert_close,
+    each_variant,
+    random_ids,
+    randomise,
+    tiny_model,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hymba import Hymba, HymbaCache, HymbaConfig, UserError
+from hymba.engine import native
+from hymba.engine.native import NativeDecoder
+from hymba.model.quant import quantize_
+from hymba.ops import library
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=library.status())
+
+# head sizes of Hymba-1.5B, five query heads to a key head, more keys than the kernel takes at a time
+WIDE = HymbaConfig(
+    vocab_size=97, d_model=320, n_layers=3, n_heads=5, n_kv_heads=1, d_ff=200, d_state=16, dt_rank=20, n_meta=37,
+    window=300,
+    global_layers=(0,), kv_groups=((1, 2),), max_length=2048, rope_original_length=512,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    isa, threads = library.isa(), torch.get_num_threads()
+    yield
+    library.use_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def in_bfloat16(model: Hymba) -> Hymba:
+    """A copy of the model in bfloat16, as a checkpoint is loaded: A stays in float32."""
+    model = copy.deepcopy(model)
+    kept = [block.heads.mamba.A_log for block in model.blocks]
+    model.to(torch.bfloat16)
+    for block, A_log in zip(model.blocks, kept, strict=True):
+        block.heads.mamba.A_log.data = A_log.data.float()
+    return model
+
+
+@torch.no_grad()
+def prefilled(model: Hymba, lengths: tuple[int, ...], ids: Tensor, max_length: int) -> HymbaCache:
+    """A cache whose rows have read that many of their ids."""
+    cache = model.new_cache(len(lengths), max_length)
+    for row, n in enumerate(lengths):
+        if n:
+            model(ids[row : row + 1, :n], cache=cache.rows(row, row + 1))
+    return cache
+
+
+@torch.no_grad()
+def by_model(model: Hymba, cache: HymbaCache, ids: Tensor) -> Tensor:
+    return torch.stack([model(ids[:, t : t + 1], cache=cache)[:, 0].float() for t in range(ids.shape[1])])
+
+
+def by_decoder(model: Hymba, cache: HymbaCache, ids: Tensor) -> Tensor:
+    decoder = NativeDecoder(model, cache.batch_size)
+    return torch.stack([decoder.step(ids[:, t], cache) for t in range(ids.shape[1])])
+
+
+def assert_same_state(one: HymbaCache, other: HymbaCache, tolerance: float = 2e-5) -> None:
+    assert torch.equal(one.lengths, other.lengths)
+    for x, y in ((one.ssm, other.ssm), (one.conv, other.conv), *((one.k[i], other.k[i]) for i in one.k),
+                 *((one.v[i], other.v[i]) for i in one.v)):  # fmt: skip
+        if x.numel():
+            assert_close(x, y, tolerance)
+
+
+@pytest.mark.parametrize("isa", library.isas())
+@each_variant
+def test_decoding_equals_the_model(changes, isa):
+    """Rows of different lengths over three windows; the cache is left the same, so the two may take turns."""
+    library.use_isa(isa)
+    model = tiny_model(**changes)
+    lengths, steps = (0, 1, WINDOW + 3), 3 * WINDOW + 2
+    ids = random_ids(len(lengths), WINDOW + 3 + steps)
+    one, other = (prefilled(model, lengths, ids, WINDOW + 3 + steps) for _ in range(2))
+    assert_close(by_decoder(model, one, ids[:, :steps]), by_model(model, other, ids[:, :steps]))
+    assert_same_state(one, other)
+
+
+@pytest.mark.parametrize("isa", library.isas())
+@pytest.mark.parametrize("lengths", [(700,), (0, 290, 299, 620, 263)], ids=["one row", "five rows"])
+def test_wide_heads_and_many_keys(lengths, isa):
+    """Registers full, several chunks of keys, a ring that wraps inside a chunk."""
+    library.use_isa(isa)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Hymba(WIDE)
+    randomise(model)
+    model.eval()
+    ids = random_ids(len(lengths), 720, vocab_size=WIDE.vocab_size)
+    one, other = (prefilled(model, lengths, ids, 720) for _ in range(2))
+    assert_close(by_decoder(model, one, ids[:, :12]), by_model(model, other, ids[:, :12]))
+    assert_same_state(one, other)
+    # bfloat16 is no worse than PyTorch's: both are measured against float32, over rounding errors that differ
+    low = in_bfloat16(model)
+    exact, expected, found = (
+        prefilled(m, lengths, ids, 720) for m in (low.float(), in_bfloat16(model), in_bfloat16(model))
+    )
+    exact = by_model(low, exact, ids[:, :12])
+    low = in_bfloat16(model)
+    theirs, ours = by_model(low, expected, ids[:, :12]) - exact, by_decoder(low, found, ids[:, :12]) - exact
+    assert ours.square().mean() <= 2 * theirs.square().mean()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, VARIANTS["qk_norm perhead-rms"], VARIANTS["relu2"], VARIANTS["untied"]], ids=str
+)
+def test_bfloat16_rounds_where_the_model_does(changes):
+    """Not bit by bit: sums are taken in another order, and the softmax weights have bf16 rounding where the processor
+    multiplies bf16. But the error against the same weights in float32 is PyTorch's: its mean square at most doubles."""
+    model = in_bfloat16(tiny_model(**changes))
+    ids = random_ids(4, 3 * WINDOW)
+    exact = by_model(copy.deepcopy(model).float(), copy.deepcopy(model).float().new_cache(4, 32), ids)
+    theirs = by_model(model, model.new_cache(4, 32), ids) - exact
+    ours = by_decoder(model, model.new_cache(4, 32), ids) - exact
+    assert 0 < theirs.square().mean() < 2e-3 * exact.square().mean()
+    assert ours.square().mean() <= 2 * theirs.square().mean()
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("tag", ["short", "long"])
+def test_official_trajectories(case, tag):
+    expected = load_file(GOLDEN / case / "golden.safetensors")
+    model = Hymba.from_pretrained(GOLDEN / case)
+    prompt, new = expected[f"gen_{tag}_prompt_ids"], expected[f"gen_{tag}_new_ids"]
+    cache = prefilled(model, (prompt.shape[1],), prompt, prompt.shape[1] + new.shape[1])
+    logits = by_decoder(model, cache, new[:, :-1])[:, 0]
+    assert_close(logits, expected[f"gen_{tag}_logits_full"][1:])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("isa", library.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantised_models(kind, isa, dtype):
+    """Both sides multiply with the same kernel. An activation that falls between two of its 8-bit steps may go either
+    way after a rounding error before it, so single activations differ by a step, 1/127 of the largest of 32."""
+    library.use_isa(isa)
+    model = tiny_model() if dtype == torch.float32 else in_bfloat16(tiny_model())
+    quantize_(model, kind)
+    ids = random_ids(2, 12)
+    expected = by_model(model, model.new_cache(2, 12), ids)
+    error = by_decoder(model, model.new_cache(2, 12), ids) - expected
+    assert error.square().mean() <= (1e-4 if dtype == torch.float32 else 2e-3) * expected.square().mean()
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_neither_threads_nor_neighbours_nor_repetition_change_a_bit(kind):
+    model = tiny_model()
+    if kind:
+        quantize_(model, kind)
+    lengths = (2, 0, 9, 20, 5)
+    ids = random_ids(5, 40)
+
+    def run(threads: int) -> Tensor:
+        cache = prefilled(model, lengths, ids, 40)  # with one thread: PyTorch's own products depend on their number
+        torch.set_num_threads(threads)
+        logits = by_decoder(model, cache, ids[:, :10])
+        torch.set_num_threads(1)
+        return logits
+
+    first = run(1)
+    assert torch.equal(run(1), first)
+    for threads in (2, 3):
+        assert torch.equal(run(threads), first)
+    # a subset of the rows, as a view of the same storage: the others are not touched
+    cache = prefilled(model, lengths, ids, 40)
+    before = copy.deepcopy(cache)
+    assert torch.equal(by_decoder(model, cache.rows(1, 4), ids[1:4, :10]), first[:, 1:4])
+    assert cache.lengths.tolist() == [2, 10, 19, 30, 5]
+    for row in (0, 4):
+        assert torch.equal(cache.ssm[:, row], before.ssm[:, row])
+        assert all(torch.equal(cache.k[i][row], before.k[i][row]) for i in cache.k)
+    # alone: a single row takes another kernel for dense matrices, which adds in another order
+    alone = by_decoder(model, prefilled(model, lengths, ids, 40).rows(3, 4), ids[3:4, :10])
+    assert_close(alone, first[:, 3:4])
+
+
+def test_without_logits_only_the_cache_moves():
+    model = tiny_model()
+    ids = random_ids(2, 3)
+    one, other = model.new_cache(2, 8), model.new_cache(2, 8)
+    decoder = NativeDecoder(model, 4)
+    for t in range(3):
+        assert decoder.step(ids[:, t], one, logits=False) is None
+        decoder.step(ids[:, t], other)
+    assert_same_state(one, other, 0)
+
+
+def test_extreme_weights_stay_finite():
+    """Steps of the SSM from nothing to forgetting at once, huge scores, a token whose activations are all zero."""
+    model = tiny_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.heads.mamba.dt_bias.copy_(torch.linspace(-100, 100, len(block.heads.mamba.dt_bias)))
+            block.heads.mamba.A_log.mul_(4)
+            block.heads.in_proj.weight[: TINY.d_model] *= 1e4
+        model.embedding.weight[1] = 0
+    ids = random_ids(1, 20)
+    ids[:, 3:6] = 1
+    expected = by_model(model, model.new_cache(1, 20), ids)
+    found = by_decoder(model, model.new_cache(1, 20), ids)
+    assert expected.isfinite().all() and found.isfinite().all()
+    assert_close(found, expected, 1e-3)  # scores of 1e4 carry errors of 1e-3 into the softmax
+
+
+def test_mistakes():
+    model = tiny_model()
+    decoder, cache = NativeDecoder(model, 2), model.new_cache(2, 2)
+    for ids, message in (
+        (torch.zeros(3, dtype=torch.int64), "shape"),
+        (torch.zeros(2), "integers"),
+        (torch.tensor([0, TINY.vocab_size]), "token ids"),
+        (torch.tensor([-1, 0]), "token ids"),
+    ):
+        with pytest.raises(UserError, match=message):
+            decoder.step(ids, cache)
+    with pytest.raises(UserError, match="larger"):
+        decoder.step(torch.zeros(3, dtype=torch.int64), model.new_cache(3, 2))
+    with pytest.raises(UserError, match="another model"):
+        decoder.step(torch.zeros(1, dtype=torch.int64), tiny_model(n_meta=2).new_cache(1, 2))
+    for _ in range(2):
+        decoder.step(torch.zeros(2, dtype=torch.int64), cache)
+    with pytest.raises(UserError, match="max_length=2"):
+        decoder.step(torch.zeros(2, dtype=torch.int64), cache)
+    assert cache.lengths.tolist() == [2, 2]
+    with pytest.raises(UserError, match="float16"):
+        NativeDecoder(copy.deepcopy(model).half(), 1)
+
+
+def test_the_reason_is_named_where_it_does_not_run(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: "there is no library")
+    assert native.supports(tiny_model()) == "there is no library"
+
+
+def test_the_model_keeps_its_weights_in_one_place():
+    """Weights are read where the model keeps them: what is changed there is seen."""
+    model = Hymba(replace(TINY, tie_embeddings=False)).eval()
+    decoder, ids = NativeDecoder(model, 1), torch.tensor([5])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert not decoder.step(ids, model.new_cache(1, 4)).any()

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--only check kernels decode prefill peers train] [--batches 1 8 32 128] [--seconds 500]
 
 First every operation, and a step of the graph decoder, is compared with the reference. Weights are random. Peers are
-the implementations of `transformers`, if it is installed, at the shapes of Llama-3.2-3B, Llama-3.2-1B, Falcon-H1-1.5B
-and Mamba-1.4B: Llama decodes in a static cache under torch.compile with CUDA graphs, the others as they come. Caches
-are filled directly, with 8K tokens; a batch that does not fit is halved. Times are medians of CUDA events. Sections
-that would begin after `--seconds` are left out. The last line is one JSON line.
+the implementations of `transformers`, if it is installed, at the shapes of Llama-3.2-3B and Llama-3.2-1B, which decode
+in a static cache under torch.compile with CUDA graphs. Caches are filled directly, with 8K tokens; a batch that does
+not fit is halved. Times are medians of CUDA events. Sections that would begin after `--seconds` are left out. The last
+line is one JSON line.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from hymba.cli.terminal import printable
 from hymba.cost import LLAMA_3B, cache_bytes, parameters
 from hymba.engine.sequence import Sequence
 from hymba.errors import UserError
+from hymba.ops import library
 
 pytest_plugins = "tiny_llm"
 
@@ -506,3 +507,41 @@ def test_chat_in_a_real_terminal(checkpoint):
     assert process.wait(timeout=30) == 0
     os.close(theirs)
     os.close(ours)
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+needs_native = pytest.mark.skipif(not library.available(), reason=library.status())
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("decode", "prefill", "train", "--precision", "float32"), ["decode", "prefill", "  its", "training"]),
+        (("decode", "--precision", "int8", "--precision", "int4", "--batch", 3), ["decode", "decode"]),
+    ],
+    ids=str,
+)
+def test_bench_measures_what_it_is_asked_for(arguments, names, hymba):
+    status, out, _ = hymba("bench", *arguments, "--model", "tiny", "--context", 40, "--repeats", 1, "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0 and all(row["name"].startswith(name) for row, name in zip(rows, names, strict=True))
+    assert all(row["tokens_per_second"] > 0 and row["share_of_limit"] > 0 for row in rows)
+
+
+@needs_native
+def test_bench_does_not_train_quantised_weights(hymba):
+    status, out, err = hymba("bench", "train", "--precision", "int8")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "int8", "--precision")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_an_untied_embedding_is_looked_up_not_read(precision):
+    from hymba.bench.workloads import random_model, weight_bytes
+
+    tied, untied = (
+        weight_bytes(random_model(HymbaConfig.preset("tiny", tie_embeddings=tie), precision)) for tie in (True, False)
+    )
+    assert tied == untied

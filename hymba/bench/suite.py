@@ -10,6 +10,8 @@ import torch
 from hymba import __version__
 from hymba.bench import limits, workloads
 from hymba.config import PRESETS, HymbaConfig
+from hymba.convert import DTYPES, load_config, resolve
+from hymba.model.hymba import Hymba
 
 # tokens that a decoding workload makes in one run; prompt tokens that a prefill reads at a time
 STEPS, CHUNK = 4, 512
@@ -37,15 +39,12 @@ def shape(model: str) -> HymbaConfig:
     """The architecture of a preset, or of a checkpoint, whose weights are not read."""
     if model in PRESETS:
         return HymbaConfig.preset(model)
-    from hymba.convert import load_config, resolve
-
     return load_config(resolve(model))[0]
 
 
 def decode_workloads(
-    config: HymbaConfig, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...]
+    model: Hymba, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...]
 ) -> Iterator[tuple[str, workloads.Workload]]:
-    model = workloads.random_model(config, precision)
     for context in contexts:
         for batch in batches:
             name = f"decode {precision}, batch {batch}, context {context}"
@@ -53,17 +52,15 @@ def decode_workloads(
 
 
 def prefill_workloads(
-    config: HymbaConfig, precision: str, contexts: tuple[int, ...]
+    model: Hymba, precision: str, contexts: tuple[int, ...]
 ) -> Iterator[tuple[str, workloads.Workload]]:
-    model = workloads.random_model(config, precision)
     for length in contexts:
         yield f"prefill {precision}, {length} tokens", workloads.prefill(model, precision, length, CHUNK)
         yield f"  its selective scans, {length} tokens", workloads.scans(model, length, CHUNK)
 
 
 def train_workloads(config: HymbaConfig, precision: str) -> Iterator[tuple[str, workloads.Workload]]:
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    work = workloads.training(config, 1, min(TRAIN_TOKENS, config.max_length), dtype)
+    work = workloads.training(config, 1, min(TRAIN_TOKENS, config.max_length), DTYPES[precision])
     yield f"training step {precision}, {work.tokens} tokens", work
 
 

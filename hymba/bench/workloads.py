@@ -6,17 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba import ops
+from hymba import cost, ops
 from hymba.config import HymbaConfig
 from hymba.engine.decoder import make_decoder
 from hymba.model.cache import HymbaCache
 from hymba.model.hymba import Hymba
 from hymba.model.quant import quantize_
-from hymba.visibility import ring_slots
 
 # elements of the random block that fills large weights: real spread, but no minute of drawing numbers
 BLOCK = 1 << 22
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,22 @@ def weight_bytes(model: Hymba) -> int:
     """Bytes of all weights that a token passes through: everything, the embedding only as the LM head."""
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}
     if not model.config.tie_embeddings:
-        tensors.pop(id(model.embedding.weight), None)
+        for x in (*model.embedding.parameters(), *model.embedding.buffers()):
+            tensors.pop(id(x))
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def cache_bytes_read(cache: HymbaCache, context: int) -> int:
     """Bytes that a decoding step must read of a cache: the visible keys and values of every group once, the states."""
-    c = cache.config
-    total = cache.conv.nbytes + cache.ssm.nbytes
-    for plan in c.layers:
-        if plan.produces_kv:
-            slots = min(context + 1, ring_slots(None if plan.spans_context else c.window, cache.max_length))
-            for store in (cache.k[plan.index], cache.v[plan.index]):
-                total += store[:, :, :slots].numel() * store.element_size()
+    rows = cost.cache_bytes(cache.config, cache.batch_size, context + 1, cache.conv.element_size())
     meta = [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
-    return total + sum(x.nbytes for x in meta)
+    return rows["kv"] + rows["conv"] + rows["ssm"] + sum(x.nbytes for x in meta)
 
 
-def matmul_weights(model: Hymba) -> int:
+def matmul_weights(config: HymbaConfig) -> int:
     """Weights that multiply every token of a prefill: all matrices of the blocks."""
-    c = model.config
-    kv = c.n_kv_heads * (c.d_key + c.d_value)
-    producers = sum(plan.produces_kv for plan in c.layers)
-    mlp = (3 if c.mlp_activation == "silu" else 2) * c.d_model * c.d_ff
-    mamba = 2 * c.d_model * c.d_inner + c.d_inner * (2 * c.dt_rank + 2 * c.d_state)
-    heads = c.d_model * c.d_model + mamba + c.d_inner * c.d_model
-    return c.n_layers * (heads + mlp) + producers * c.d_model * kv
+    parts = cost.parameters(config)
+    return sum(parts[name] for name in ("attention projections", "Mamba projections", "output projections", "MLP"))
 
 
 def attention_operations(config: HymbaConfig, first: int, count: int) -> float:
@@ -120,7 +108,7 @@ def decoding(model: Hymba, precision: str, batch: int, context: int, steps: int)
             for _ in range(steps):
                 decode(ids, cache)
 
-    weights = matmul_weights(model) + model.config.vocab_size * model.config.d_model
+    weights = matmul_weights(model.config) + model.config.vocab_size * model.config.d_model
     return Workload(
         run,
         tokens=batch * steps,
@@ -142,7 +130,7 @@ def prefill(model: Hymba, precision: str, length: int, chunk: int) -> Workload:
             hidden = model.hidden(piece, cache=cache)
         return model.lm_head(hidden[:, -1])
 
-    operations = 2.0 * length * matmul_weights(model) + attention_operations(model.config, 0, length)
+    operations = 2.0 * length * matmul_weights(model.config) + attention_operations(model.config, 0, length)
     return Workload(run, length, weight_bytes(model), operations, "float32" if precision == "float32" else "bfloat16")
 
 
@@ -176,6 +164,6 @@ def training(config: HymbaConfig, batch: int, length: int, dtype: torch.dtype) -
         loss.backward()
 
     tokens = batch * length
-    weights = matmul_weights(model) + config.vocab_size * config.d_model
+    weights = matmul_weights(config) + config.vocab_size * config.d_model
     operations = 3 * (2.0 * tokens * weights + batch * attention_operations(config, 0, length))
     return Workload(run, tokens, 0, operations, str(dtype).removeprefix("torch."))

@@ -7,6 +7,7 @@ import click
 
 from hymba.cli.terminal import job
 from hymba.config import PRESETS
+from hymba.errors import UserError
 
 WORKLOADS = ("decode", "prefill", "train")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -42,8 +43,12 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """
     import torch
 
-    from hymba.bench import check, limits, suite
+    from hymba.bench import check, limits, suite, workloads
 
+    if "train" in what and (quantised := set(options["precisions"]) & {"int8", "int4"}):
+        raise UserError(
+            f"quantised weights ({', '.join(sorted(quantised))}) are not trained; choose another --precision"
+        )
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     limits.require_probes()
@@ -55,15 +60,16 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
     rows = []
     for precision in options["precisions"]:
         works = {}
+        model = workloads.random_model(config, precision) if set(what) != {"train"} else None
         if "decode" in what or not what:
-            works |= suite.decode_workloads(config, precision, options["batches"], options["contexts"])
+            works |= suite.decode_workloads(model, precision, options["batches"], options["contexts"])
         if "prefill" in what or not what:
-            works |= suite.prefill_workloads(config, precision, options["contexts"])
+            works |= suite.prefill_workloads(model, precision, options["contexts"])
         if "train" in what:
             works |= suite.train_workloads(config, precision)
         with job(f"measuring {precision}", (options["repeats"] + 1) * len(works), "runs") as bar:
             rows += suite.measure(works, options["repeats"], bar.advance)
-        works.clear()  # a model is gone before the next one is made
+        del works, model  # gone before the next one is made
     if not as_json:
         _show(rows)
     print(json.dumps({"machine": suite.machine(), **options, "relative_error": errors, "rows": suite.as_json(rows)}))

@@ -69,9 +69,7 @@ class GraphDecoder:
             )
         if self.max_batch < B:
             raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
-        longest = 1 + int(cache.lengths.max())
-        if longest > cache.max_length:
-            raise UserError(f"{longest} tokens do not fit a cache of max_length={cache.max_length}")
+        cache.require_room()
         key = (B, cache.conv.data_ptr(), cache.ssm.data_ptr())
         graph = self._graphs.get(key)
         if graph is None:

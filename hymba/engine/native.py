@@ -65,9 +65,7 @@ class NativeDecoder:
         ids = ids.to("cpu", torch.int64).contiguous()
         if not all(0 <= i < c.vocab_size for i in ids.tolist()):
             raise UserError(f"token ids must be from 0 to {c.vocab_size - 1}, got {ids.tolist()}")
-        longest = 1 + max(cache.lengths.tolist())
-        if longest > cache.max_length:
-            raise UserError(f"{longest} tokens do not fit a cache of max_length={cache.max_length}")
+        cache.require_room()
         threads = library.threads()
         if threads != self._threads:
             self._make_workspace(threads)

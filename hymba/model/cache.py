@@ -183,6 +183,12 @@ class HymbaCache:
         view.lengths = self.lengths[first:last]
         return view
 
+    def require_room(self, counts: int | Tensor = 1) -> None:
+        """Raises `UserError` if a row cannot hold `counts` tokens more, one number for all rows or (B,) on the CPU."""
+        longest = int((self.lengths + counts).max())
+        if longest > self.max_length:
+            raise UserError(f"{longest} tokens do not fit a cache of max_length={self.max_length}")
+
     def reset(self, row: int) -> None:
         """Make a row empty: it has read the meta tokens and nothing else."""
         self.lengths[row] = 0

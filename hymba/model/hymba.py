@@ -302,9 +302,7 @@ class Hymba(nn.Module):
                     f"the cache has {cache.batch_size} rows, input_ids {input_ids.shape[0]}; use cache.rows"
                 )
             counts = input_ids.shape[1] if attention_mask is None else (attention_mask != 0).sum(1).cpu()
-            longest = int((cache.lengths + counts).max())
-            if longest > cache.max_length:
-                raise UserError(f"{longest} tokens do not fit a cache of max_length={cache.max_length}")
+            cache.require_room(counts)
 
     @torch.no_grad()
     def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> HymbaCache:

@@ -66,6 +66,12 @@ void load_states(float* to, const float* from, int64_t N, int64_t channels) {
   for (int64_t lane = 0; lane < channels; lane++)
     for (int64_t n = 0; n < N; n++) to[n * kW + lane] = from[lane * N + n];
 }
+
+// The same for A, times log2 e: exp(delta A) is then a power of two.
+void load_rates(float* to, const float* A, int64_t N, int64_t channels) {
+  load_states(to, A, N, channels);
+  for (int64_t n = 0; n < N; n++) store(to + n * kW, load(to + n * kW) * kLog2e);
+}
 void store_states(float* to, const float* from, int64_t N, int64_t channels) {
   for (int64_t lane = 0; lane < channels; lane++)
     for (int64_t n = 0; n < N; n++) to[lane * N + n] = from[n * kW + lane];
@@ -161,8 +167,7 @@ void forward(const ScanArgs& a, int thread, int n_threads) {
     begin += count;
     for (int64_t i = 0; i < count; i++) {
       const int64_t e = (block0 + i) * kW, width = min<int64_t>(kW, a.E - e);
-      load_states(A2 + i * size, a.A + e * a.N, a.N, width);
-      for (int64_t n = 0; n < a.N; n++) store(A2 + i * size + n * kW, load(A2 + i * size + n * kW) * kLog2e);
+      load_rates(A2 + i * size, a.A + e * a.N, a.N, width);
       load_states(first + i * size, a.state + b * a.state_row + e * a.N, a.N, width);
     }
     __builtin_memcpy(state, first, count * size * 4);
@@ -281,8 +286,7 @@ void backward(const ScanBackwardArgs& args, int thread, int n_threads) {
     begin += count;
     for (int64_t i = 0; i < count; i++) {
       const int64_t e = (block0 + i) * kW, width = min<int64_t>(kW, a.E - e);
-      load_states(A2 + i * size, a.A + e * a.N, a.N, width);
-      for (int64_t n = 0; n < a.N; n++) store(A2 + i * size + n * kW, load(A2 + i * size + n * kW) * kLog2e);
+      load_rates(A2 + i * size, a.A + e * a.N, a.N, width);
       if (args.glast)
         load_states(g + i * size, args.glast + (b * a.E + e) * a.N, a.N, width);
       else

@@ -57,7 +57,6 @@ def limits() -> dict[str, float]:
     y = torch.empty_like(x)
     copy = 2 * x.nbytes / timed(lambda: y.copy_(x))
     read = x.nbytes / timed(lambda: x.view(torch.int32).sum())
-    del x, y
     a = torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16)
     product = 2 * 8192**3 / timed(lambda: a @ a)
     properties = torch.cuda.get_device_properties(GPU)
@@ -215,7 +214,6 @@ def kernels(limit: dict[str, float]) -> dict[str, dict[str, float]]:
             lambda: torch.autograd.grad(y, (u, dt), dy, retain_graph=True),
             5 * u.nbytes,
         )
-        del u, dt, z, y, dy
     B, T = 8, 2048
     at = torch.arange(M + T, device=GPU)[None]
     q = normal(B, H, T, c.d_key, dtype=torch.bfloat16).requires_grad_()

@@ -16,16 +16,31 @@ MAX_REAL = 1e30
 ROPE_TYPES = ("none", "default", "ntk", "dynamic_ntk")
 QK_NORMS = ("none", "rms", "perhead-rms")
 MLP_ACTIVATIONS = ("silu", "relu2")
+# what a layer may mix tokens with: Hymba's hybrid heads, and each kind of head alone (docs/model.md)
+MIXERS = ("hybrid", "attention", "mamba", "mamba2")
+FUSIONS = ("mean", "concat")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer does with keys and values."""
+    """What one layer mixes tokens with, and what it does with keys and values."""
 
     index: int
+    mixer: str
     window: int | None  # None: full attention
-    producer: int  # the layer whose keys and values this one reads; its own index if it makes them
+    producer: int | None  # the layer whose keys and values this one reads, itself perhaps; None: it has no attention
     spans_context: bool  # its keys and values are kept for the whole context, not for the window only
+    d_value: int  # size of a value head; 0: it has no attention
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention heads."""
+        return self.producer is not None
+
+    @property
+    def recurs(self) -> bool:
+        """Whether it has Mamba heads."""
+        return self.mixer != "attention"
 
     @property
     def produces_kv(self) -> bool:
@@ -49,20 +64,25 @@ def share_kv_in_pairs(n_layers: int, global_layers: tuple[int, ...]) -> tuple[tu
 
 @dataclass(frozen=True)
 class HymbaConfig:
-    """Architecture of a hybrid-head model (paper, section 2 and table 9); the defaults are Hymba-1.5B.
+    """Architecture of a hybrid-head model (paper, section 2 and table 9), or of what it is compared with (tables 1, 3).
 
-    Raises `UserError` when values do not fit together.
+    The defaults are Hymba-1.5B. Raises `UserError` when values do not fit together, or a choice has no effect; sizes of
+    parts that a model does not have are not looked at.
     """
 
     vocab_size: int = 32001
     d_model: int = 1600
     n_layers: int = 32
+    mixers: tuple[str, ...] = ("hybrid",)  # of the layers, over and over: hybrid, attention, mamba, mamba2
+    fusion: str = "mean"  # of the two branches of a hybrid layer, each normed: mean or concat
     n_heads: int = 25  # query heads
     n_kv_heads: int = 5  # each serves n_heads / n_kv_heads query heads
-    d_ff: int = 5504  # hidden width of the MLP
+    d_head: int | None = None  # size of a query or key head; None: d_model / n_heads
+    d_ff: int = 5504  # hidden width of the MLP; 0: no layer has one
     mlp_activation: str = "silu"  # silu: gated (SwiGLU); relu2: squared ReLU without gate
     expand: int = 2  # inner width / model width
     d_state: int = 16  # SSM state per channel
+    d_ssm_head: int = 64  # channels of a Mamba-2 head, which share their decay
     d_conv: int = 4  # kernel of the depthwise causal convolution
     dt_rank: int = 100
     n_meta: int = 128  # learnable tokens in front of every input
@@ -90,38 +110,82 @@ class HymbaConfig:
     @property
     def d_key(self) -> int:
         """Size of a query or key head."""
-        return self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
 
     @property
     def d_value(self) -> int:
-        """Size of a value head: the attention output is as wide as the Mamba output."""
-        return self.d_inner // self.n_heads
+        """Size of a value head of a hybrid layer: where heads fill the model width (`d_head` None), the attention output
+        is as wide as the Mamba output."""
+        return self.expand * self.d_key
+
+    @property
+    def n_ssm_heads(self) -> int:
+        """Heads of a Mamba-2 layer."""
+        return self.d_inner // self.d_ssm_head
+
+    @property
+    def d_conv_inputs(self) -> int:
+        """Channels of the convolution in a layer with Mamba heads: of Mamba-2, B and C pass through it too."""
+        return self.d_inner + (2 * self.d_state if "mamba2" in self.mixers else 0)
+
+    @property
+    def is_hymba(self) -> bool:
+        """Whether every layer is as in the released model: hybrid heads of full width, fused by mean, then an MLP."""
+        full = self.d_head is None or self.n_heads * self.d_head == self.d_model
+        return set(self.mixers) == {"hybrid"} and self.fusion == "mean" and full and self.d_ff > 0
+
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer % len(self.mixers)]
 
     @cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
         """The plan of every layer."""
-        producer = {layer: group[0] for group in self.kv_groups for layer in group}
-        whole = {producer.get(layer, layer) for layer in range(self.n_layers) if self._is_global(layer)}
+        producer = {layer: layer for layer in range(self.n_layers) if self._attends(layer)}
+        producer |= {layer: group[0] for group in self.kv_groups for layer in group}
+        whole = {made_by for layer, made_by in producer.items() if self._is_global(layer)}
         return tuple(
             LayerPlan(
                 index=i,
+                mixer=self.mixer(i),
                 window=None if self._is_global(i) else self.window,
-                producer=producer.get(i, i),
-                spans_context=producer.get(i, i) in whole,
+                producer=producer.get(i),
+                spans_context=producer.get(i) in whole,
+                d_value={"hybrid": self.d_value, "attention": self.d_key}.get(self.mixer(i), 0),
             )
             for i in range(self.n_layers)
         )
+
+    def with_mixers(self, *mixers: str, **changes) -> "HymbaConfig":
+        """This model with other layers; choices about attention stay for the layers that have it."""
+        layers = range(self.n_layers)
+        attend = {i for i in layers if mixers and mixers[i % len(mixers)] in ("hybrid", "attention")}
+        groups = (tuple(i for i in group if i in attend) for group in self.kv_groups)
+        fitting = {
+            "mixers": mixers,
+            "global_layers": tuple(i for i in self.global_layers if i in attend),
+            "kv_groups": tuple(group for group in groups if len(group) > 1),
+        }
+        if not attend:
+            fitting |= {"rope": "none", "qk_norm": "none", "d_head": None}
+        if "hybrid" not in mixers:
+            fitting["fusion"] = "mean"
+        return replace(self, **(fitting | changes))
+
+    def _attends(self, layer: int) -> bool:
+        return self.mixer(layer) in ("hybrid", "attention")
 
     def _is_global(self, layer: int) -> bool:
         return self.window is None or layer in self.global_layers
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "expand", "d_state",
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "expand", "d_state", "d_ssm_head",
                      "d_conv", "dt_rank", "max_length"):  # fmt: skip
             limit = MAX_LAYERS if name == "n_layers" else MAX_SIZE
             if not 1 <= getattr(self, name) <= limit:
                 raise UserError(f"{name}={brief(getattr(self, name))} must be from 1 to {limit}")
+        if not 0 <= self.d_ff <= MAX_SIZE:
+            raise UserError(f"d_ff={brief(self.d_ff)} must be from 0 (no MLP) to {MAX_SIZE}")
         if not 0 <= self.n_meta <= MAX_SIZE:
             raise UserError(f"n_meta={brief(self.n_meta)} must be from 0 (no meta tokens) to {MAX_SIZE}")
         if self.window is not None and not 1 <= self.window <= MAX_SIZE:
@@ -135,32 +199,80 @@ class HymbaConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise UserError(f"{name}={brief(getattr(self, name))} is outside the vocabulary of {self.vocab_size}")
-        if self.d_model % self.n_heads:
-            raise UserError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         _one_of("rope", self.rope, ROPE_TYPES)
         _one_of("qk_norm", self.qk_norm, QK_NORMS)
         _one_of("mlp_activation", self.mlp_activation, MLP_ACTIVATIONS)
-        if self.rope != "none" and self.d_key % 2:
-            raise UserError(f"RoPE needs an even head size, but d_model / n_heads = {self.d_key}")
-        if self.rope in ("ntk", "dynamic_ntk"):
-            if self.rope_original_length is None:
-                raise UserError(f"rope={self.rope!r} needs rope_original_length, the context length before rescaling")
-            if self.d_key < 4:
-                raise UserError(
-                    f"rope={self.rope!r} needs heads of size 4 or more, but d_model / n_heads = {self.d_key}"
-                )
-        if self.rope == "ntk" and 2 * self.max_length <= self.rope_original_length:
-            raise UserError(f"rope='ntk' needs max_length={self.max_length} above half of rope_original_length")
+        _one_of("fusion", self.fusion, FUSIONS)
+        self._check_mixers()
+        if any(map(self._attends, range(self.n_layers))):
+            self._check_attention()
+        else:
+            for name, idle in (("rope", "none"), ("qk_norm", "none"), ("d_head", None)):
+                if getattr(self, name) != idle:
+                    raise UserError(
+                        f"{name}={brief(getattr(self, name))} has no effect: no layer has attention; set {name}={idle!r}"
+                    )
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < MAX_REAL:  # false for NaN, too
                 raise UserError(f"{name}={brief(getattr(self, name))} must be above 0 and below {MAX_REAL:g}")
         if len(set(self.global_layers)) < len(self.global_layers):
             raise UserError(f"global_layers: {brief(list(self.global_layers))} names a layer twice")
         for layer in self.global_layers:
-            _layer_exists("global_layers", layer, self.n_layers)
+            self._check_attends("global_layers", layer)
         self._check_kv_groups()
+
+    def _check_mixers(self) -> None:
+        if not 1 <= len(self.mixers) <= self.n_layers:
+            raise UserError(f"mixers={brief(self.mixers)} must name from 1 to n_layers={self.n_layers} mixers")
+        for mixer in self.mixers:
+            _one_of("mixers", mixer, MIXERS)
+        if "mamba2" in self.mixers:
+            if {"mamba", "hybrid"} & set(self.mixers):
+                raise UserError(f"mixers={brief(self.mixers)}: a model has Mamba-1 heads or Mamba-2 heads, not both")
+            if self.d_inner % self.d_ssm_head:
+                raise UserError(
+                    f"expand * d_model = {self.d_inner} is not divisible by d_ssm_head={self.d_ssm_head}, "
+                    "the channels of a Mamba-2 head"
+                )
+        if self.fusion != "mean" and "hybrid" not in self.mixers:
+            raise UserError(f"fusion={self.fusion!r} has no effect: no layer is hybrid; set fusion='mean'")
+        if self.mlp_activation != "silu" and not self.d_ff:
+            raise UserError(
+                f"mlp_activation={self.mlp_activation!r} has no effect: d_ff=0 is no MLP; set mlp_activation='silu'"
+            )
+
+    def _check_attention(self) -> None:
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise UserError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; choose d_head otherwise")
+        if not 1 <= self.d_key <= MAX_SIZE:
+            raise UserError(f"d_head={brief(self.d_head)} must be from 1 to {MAX_SIZE}; None is d_model / n_heads")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
+        width = self.n_heads * self.d_key
+        if "hybrid" in self.mixers and self.fusion == "mean" and self.d_model % width:
+            raise UserError(
+                f"fusion='mean' needs heads that fill d_model={self.d_model} or a whole part of it, not "
+                f"n_heads * d_head = {width}; change them, or set fusion='concat'"
+            )
+        size = f"d_model / n_heads = {self.d_key}" if self.d_head is None else f"d_head={self.d_head}"
+        if self.rope != "none" and self.d_key % 2:
+            raise UserError(f"RoPE needs an even head size, not {size}")
+        if self.rope in ("ntk", "dynamic_ntk"):
+            if self.rope_original_length is None:
+                raise UserError(f"rope={self.rope!r} needs rope_original_length, the context length before rescaling")
+            if self.d_key < 4:
+                raise UserError(f"rope={self.rope!r} needs heads of size 4 or more, not {size}")
+        if self.rope == "ntk" and 2 * self.max_length <= self.rope_original_length:
+            raise UserError(f"rope='ntk' needs max_length={self.max_length} above half of rope_original_length")
+
+    def _check_attends(self, name: str, layer: int) -> None:
+        if not 0 <= layer < self.n_layers:
+            raise UserError(
+                f"{name}: there is no layer {brief(layer)} in a model of {self.n_layers} layers "
+                f"(0 to {self.n_layers - 1})"
+            )
+        if not self._attends(layer):
+            raise UserError(f"{name}: layer {layer} has no attention (its mixer is {self.mixer(layer)}); leave it out")
 
     def _check_types(self) -> None:
         for field in fields(self):
@@ -174,7 +286,9 @@ class HymbaConfig:
             if len(group) < 2 or list(group) != sorted(set(group)):
                 raise UserError(f"kv_groups: {brief(list(group))} must name two or more layers in rising order")
             for layer in group:
-                _layer_exists("kv_groups", layer, self.n_layers)
+                self._check_attends("kv_groups", layer)
+                if self.mixer(layer) != self.mixer(group[0]):  # their values are not of one size
+                    raise UserError(f"kv_groups: {brief(list(group))} has layers of different mixers")
                 if layer in seen:
                     raise UserError(f"kv_groups: layer {layer} is in two groups")
                 seen.add(layer)
@@ -197,13 +311,6 @@ def _family(n_layers: int, d_model: int, **values) -> HymbaConfig:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name}={brief(value)} is not supported; choose from {', '.join(choices)}")
-
-
-def _layer_exists(name: str, layer: int, n_layers: int) -> None:
-    if not 0 <= layer < n_layers:
-        raise UserError(
-            f"{name}: there is no layer {brief(layer)} in a model of {n_layers} layers (0 to {n_layers - 1})"
-        )
 
 
 def brief(value) -> str:
@@ -230,7 +337,8 @@ def _fits(value, kind) -> bool:
 
 def _spell(kind) -> str:
     if get_origin(kind) is tuple:
-        return "a tuple of " + ("tuples of int" if get_origin(get_args(kind)[0]) is tuple else "int")
+        item = get_args(kind)[0]
+        return "a tuple of " + ("tuples of int" if get_origin(item) is tuple else item.__name__)
     return str(getattr(kind, "__name__", kind)).replace("NoneType", "None")
 
 

@@ -81,6 +81,10 @@ OPTIONAL = {
     "sliding_window": None,
     "rope_theta": 10000.0,
 }
+# our own keys, for what the official file cannot say; they are left out where they have the value of the field's default
+OWN = ("mixers", "fusion", "d_head", "d_ssm_head")
+# keys by which the released code would take a model for its own
+OF_RELEASED_CODE = ("architectures", "auto_map", "conv_dim", "layer_type", "v_head_dim")
 # official key -> the values that mean what this package computes; anything else is refused
 REQUIRED_VALUE: dict[str, tuple[Any, ...]] = {
     "model_type": ("hymba",),
@@ -113,7 +117,7 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
         raise UserError(f"{CONFIG_FILE} must hold a JSON object")
     if values.get("model_type") != "hymba":
         raise UserError(f"{CONFIG_FILE}: model_type={brief(values.get('model_type'))} is another model, not 'hymba'")
-    for key in sorted(set(values) - {*SAME_VALUE, *REQUIRED_VALUE, *WITHOUT_EFFECT, *INTERPRETED}):
+    for key in sorted(set(values) - {*SAME_VALUE, *REQUIRED_VALUE, *WITHOUT_EFFECT, *INTERPRETED, *OWN}):
         raise UserError(f"{CONFIG_FILE}: unknown setting {brief(key)}; remove it if the model does not need it")
     for key, allowed in REQUIRED_VALUE.items():
         if key in values and (
@@ -127,6 +131,7 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
     try:
         config = HymbaConfig(
             **same,
+            **{key: tuple(x) if isinstance(x := values[key], list) else x for key in OWN if key in values},
             dt_rank=_dt_rank(values),
             global_layers=_global_layers(values),
             kv_groups=_kv_groups(values),
@@ -140,9 +145,12 @@ def config_from_official(values: dict[str, Any]) -> HymbaConfig:
 
 
 def config_to_official(config: HymbaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Write the official `config.json`, with everything that the released modeling code reads."""
+    """Write the official `config.json`, with everything that the released modeling code reads.
+
+    What that code does not compute (`HymbaConfig.is_hymba` is false) does not point to it.
+    """
     c = config
-    return {
+    official = {
         **{key: getattr(c, ours) for key, ours in SAME_VALUE.items()},
         **{key: allowed[0] for key, allowed in REQUIRED_VALUE.items()},
         "architectures": ["HymbaForCausalLM"],
@@ -173,6 +181,10 @@ def config_to_official(config: HymbaConfig, dtype: torch.dtype) -> dict[str, Any
         "use_mamba_kernels": True,
         "v_head_dim": c.d_value,
     }
+    own = {key: getattr(c, key) for key in OWN if getattr(c, key) != getattr(HymbaConfig, key)}
+    own = {key: list(x) if isinstance(x, tuple) else x for key, x in own.items()}
+    left_out = () if c.is_hymba else OF_RELEASED_CODE
+    return {key: x for key, x in official.items() if key not in left_out} | own
 
 
 def _in_official_words(message: str) -> str:
@@ -233,7 +245,7 @@ def _rope(values: dict[str, Any]) -> str:
 def _check_sizes(values: dict[str, Any], config: HymbaConfig) -> None:
     """Redundant settings must say what the others say."""
     c = config
-    expected = {"attn_hidden_size": c.d_model, "kq_head_dim": c.d_key}
+    expected = {"attn_hidden_size": c.n_heads * c.d_key, "kq_head_dim": c.d_key}
     for key, size in expected.items():
         value = values.get(key, -1)
         if type(value) is not int or (value > 0 and value != size):
@@ -275,6 +287,7 @@ BLOCK_NAMES = {
     "heads.mamba.dt_bias": "mamba.dt_proj.0.bias",
     "heads.mamba.A_log": "mamba.A_log.0",
     "heads.mamba.D": "mamba.D.0",
+    "heads.mamba.norm.weight": "mamba.norm.weight",  # Mamba-2's; there is no official name
     "mlp_norm.weight": "pre_moe_layernorm.weight",
     "mlp.gate_proj.weight": "moe.experts.0.gate_proj.weight",
     "mlp.up_proj.weight": "moe.experts.0.up_proj.weight",
@@ -583,7 +596,7 @@ def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 # every official key that carries a value has a field, and every field that is not derived has a key
-assert {f.name for f in fields(HymbaConfig)} == set(SAME_VALUE.values()) | {
+assert {f.name for f in fields(HymbaConfig)} == set(SAME_VALUE.values()) | set(OWN) | {
     "dt_rank",
     "global_layers",
     "kv_groups",

@@ -11,21 +11,40 @@ SSM_STATE_BYTES = 4  # the SSM state is float32 whatever the model's dtype
 def parameters(config: HymbaConfig) -> dict[str, int]:
     """Parameters by part; they add up to the model's, a tied embedding counted once."""
     c = config
-    D, E, F, N, rank = c.d_model, c.d_inner, c.d_ff, c.d_state, c.dt_rank
-    kv = c.n_kv_heads * (c.d_key + c.d_value)
-    producers = sum(plan.produces_kv for plan in c.layers)
+    D, E, N, S, rank = c.d_model, c.d_inner, c.d_state, c.n_ssm_heads, c.dt_rank
     qk_norm = {"none": 0, "rms": 2 * c.d_key, "perhead-rms": (c.n_heads + c.n_kv_heads) * c.d_key}[c.qk_norm]
+    conv = c.d_conv_inputs * (c.d_conv + 1)
     embedding = c.vocab_size * D
     parts = {
         "embedding": embedding,
         "meta tokens": c.n_meta * D,
-        "attention projections": c.n_layers * D * D + producers * D * kv + c.n_layers * qk_norm,
-        "Mamba projections": c.n_layers * (2 * D * E + E * (rank + 2 * N) + rank * E),
-        "Mamba conv, A, D, bias": c.n_layers * E * (c.d_conv + 1 + N + 1 + 1),
-        "output projections": c.n_layers * E * D,
-        "MLP": c.n_layers * D * F * (3 if c.mlp_activation == "silu" else 2),
-        "norms": c.n_layers * (2 * D + 2 * E + rank + 2 * N) + D,
+        "attention projections": 0,
+        "Mamba projections": 0,
+        "Mamba conv, A, D, bias": 0,
+        "output projections": 0,
+        "MLP": c.n_layers * D * c.d_ff * (3 if c.mlp_activation == "silu" else 2),
+        "norms": D,
     }
+    for plan in c.layers:
+        output = 0  # width of what the output projection reads
+        norms = 2 * D if c.d_ff else D
+        if plan.attends:
+            output = c.n_heads * plan.d_value
+            kv = c.n_kv_heads * (c.d_key + plan.d_value) if plan.produces_kv else 0
+            parts["attention projections"] += D * (c.n_heads * c.d_key + kv) + qk_norm
+        if plan.mixer == "hybrid":
+            norms += E + (output if c.fusion == "concat" else E)
+            output = output if c.fusion == "concat" else 0  # a mean is as wide as the Mamba heads
+        if plan.mixer == "mamba2":
+            parts["Mamba projections"] += D * (E + c.d_conv_inputs + S)
+            parts["Mamba conv, A, D, bias"] += conv + 3 * S
+            norms += E
+        elif plan.recurs:
+            parts["Mamba projections"] += 2 * D * E + E * (rank + 2 * N) + rank * E
+            parts["Mamba conv, A, D, bias"] += conv + E * (N + 1 + 1)
+            norms += rank + 2 * N
+        parts["output projections"] += (output + E * plan.recurs) * D
+        parts["norms"] += norms
     if not c.tie_embeddings:
         parts["LM head"] = embedding
     return parts
@@ -37,14 +56,17 @@ def cache_bytes(config: HymbaConfig, batch_size: int, max_length: int, element_s
     element_size: bytes of the model's dtype, 2 for bfloat16
     """
     c = config
-    kv_width = c.n_kv_heads * (c.d_key + c.d_value)
-    producers = [plan for plan in c.layers if plan.produces_kv]
-    slots = sum(ring_slots(None if plan.spans_context else c.window, max_length) for plan in producers)
-    conv = c.n_layers * (c.d_conv - 1) * c.d_inner * element_size
-    ssm = c.n_layers * c.d_inner * c.d_state * SSM_STATE_BYTES
-    meta_kv = len(producers) * c.n_meta * kv_width * element_size
+    kv = meta_kv = 0
+    for plan in c.layers:
+        if plan.produces_kv:
+            token = c.n_kv_heads * (c.d_key + plan.d_value) * element_size
+            kv += ring_slots(None if plan.spans_context else c.window, max_length) * token
+            meta_kv += c.n_meta * token
+    recurrent = sum(plan.recurs for plan in c.layers)
+    conv = recurrent * (c.d_conv - 1) * c.d_conv_inputs * element_size
+    ssm = recurrent * c.d_inner * c.d_state * SSM_STATE_BYTES
     return {
-        "kv": batch_size * slots * kv_width * element_size,
+        "kv": batch_size * kv,
         "conv": batch_size * conv,
         "ssm": batch_size * ssm,
         "meta": meta_kv + conv + ssm,

@@ -22,6 +22,8 @@ def supports(model: Hymba) -> str | None:
     weight = model.norm.weight
     if not weight.is_cuda:
         return f"CUDA graphs need a model on a GPU, this one is on {weight.device}"
+    if not model.config.is_hymba:
+        return "CUDA graphs know Hymba's own layers only: hybrid heads of full width, fused by mean, and an MLP"
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -29,6 +29,8 @@ def supports(model: Hymba) -> str | None:
         return loaded
     if model.norm.weight.device.type != "cpu":
         return f"the native decoder runs on the CPU, the model is on {model.norm.weight.device}"
+    if not model.config.is_hymba:
+        return "the native decoder knows Hymba's own layers only: hybrid heads of full width, fused by mean, and an MLP"
     if model.norm.weight.dtype not in library.DTYPES:
         return f"the native decoder computes in float32 or bfloat16, the model is in {model.norm.weight.dtype}"
     return None

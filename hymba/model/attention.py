@@ -1,6 +1,7 @@
 """The attention heads: grouped queries, a window or none, and keys and values that layers may share.
 
-B batch, T time, H query heads, G key/value heads, dk size of a query or key head, dv = 2 dk size of a value head
+B batch, T time, H query heads, G key/value heads, dk size of a query or key head, dv size of a value head: 2 dk in
+Hymba, dk in a layer of attention heads alone
 """
 
 import math
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from hymba import ops
 from hymba.config import HymbaConfig, LayerPlan
+from hymba.model.cache import CachedLayer, LayerState
 from hymba.model.layout import Layout, rotate
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
@@ -17,7 +19,7 @@ QK_NORM_EPS = 1e-6  # fixed in the released implementation, whatever the config'
 
 
 class Attention(nn.Module):
-    """Attention heads between the shared input projection and the norm of their branch (paper, section 2.1)."""
+    """Attention heads between the input projection and the norm of their branch (paper, section 2.1)."""
 
     def __init__(self, config: HymbaConfig, plan: LayerPlan):
         super().__init__()
@@ -28,13 +30,25 @@ class Attention(nn.Module):
         self.q_norm = _head_norm(config, self.heads)
         self.k_norm = _head_norm(config, self.kv_heads)
 
-    def keys_and_values(self, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """k: (B, T, G dk), v: (B, T, G dv) -> (B, G, T, dk) normed and rotated, (B, G, T, dv)"""
-        k = self.k_norm(_split_heads(k, self.kv_heads))
-        return rotate(k, layout.cos, layout.sin), _split_heads(v, self.kv_heads)
+    def sources(
+        self,
+        kv: list[Tensor],
+        layout: Layout,
+        past: LayerState | CachedLayer,
+        shared: tuple[KeyValue, ...] | None,
+    ) -> tuple[KeyValue, ...]:
+        """All keys and values that the new tokens may see.
+
+        kv: k (B, T, G dk) and v (B, T, G dv), or nothing in a layer that reads another's, which are `shared`
+        """
+        if not kv:
+            return shared
+        k, v = (_split_heads(x, self.kv_heads) for x in kv)
+        k = rotate(self.k_norm(k), layout.cos, layout.sin)
+        return past.extend(KeyValue(k, v, layout.positions, layout.documents), layout.lengths)
 
     def forward(self, q: Tensor, layout: Layout, sources: tuple[KeyValue, ...]) -> Tensor:
-        """q: (B, T, H dk), sources: all keys there are, see `ops.attention` -> (B, T, H dv)"""
+        """q: (B, T, H dk), sources: as from `sources` -> (B, T, H dv)"""
         q = self.q_norm(_split_heads(q, self.heads))
         q = rotate(q, layout.cos, layout.sin)
         return ops.attention(q, layout.positions, layout.documents, sources, self.window, self.n_meta, self.scale)

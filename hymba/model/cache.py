@@ -2,13 +2,14 @@
 
 What the meta tokens leave behind does not depend on the prompt, so a cache holds it once for all its rows (`meta`).
 A row holds: for every group of layers that share keys and values, a ring of `window` + 1 text positions, or a span of
-`max_length` where a global layer reads it; for every layer the last inputs of the convolution and the SSM state
-(float32). Its size is a formula, `hymba.cost.cache_bytes`.
+`max_length` where a global layer reads it; for every layer with Mamba heads the last inputs of the convolution and the
+SSM state (float32). Its size is a formula, `hymba.cost.cache_bytes`.
 
 Rows are the unit of work: admitting, dropping, forking and saving a request are `reset`, `copy`, `snapshot` and
 `restore`, and a batch is a range of rows, `rows(first, last)`, that shares the storage.
 
-    B rows, G key/value heads, S slots, dk, dv head sizes, E inner width, K conv width, N SSM state, L layers
+    B rows, G key/value heads, S slots, dk, dv head sizes, E inner width, K conv width, N SSM state
+    C channels of the convolution: E, and of Mamba-2 E + 2 N; L layers that have Mamba heads
 """
 
 import hashlib
@@ -32,9 +33,9 @@ from hymba.visibility import KeyValue, ring_slots, stored_positions
 class LayerState(NamedTuple):
     """What a layer remembers of the tokens before a call, without a cache: the meta tokens and nothing else."""
 
-    conv: Tensor  # (B or 1, K - 1, E)
-    ssm: Tensor  # (B or 1, E, N) float32
-    meta: KeyValue | None  # None in a layer that reads another's keys, or while the meta tokens themselves are read
+    conv: Tensor | None  # (B or 1, K - 1, C); None in a layer without Mamba heads
+    ssm: Tensor | None  # (B or 1, E, N) float32
+    meta: KeyValue | None  # None in a layer that makes no keys, or while the meta tokens themselves are read
 
     def extend(self, new: KeyValue, lengths: Tensor | None) -> tuple[KeyValue, ...]:
         """All keys and values that the new tokens may see; nothing is kept."""
@@ -45,10 +46,10 @@ class LayerState(NamedTuple):
 class CachedLayer:
     """One layer's part of a cache; as `LayerState`, but what it is given stays."""
 
-    conv: Tensor  # (B, K - 1, E)
-    ssm: Tensor  # (B, E, N) float32
+    conv: Tensor | None  # (B, K - 1, C)
+    ssm: Tensor | None  # (B, E, N) float32
     meta: KeyValue | None
-    k: Tensor | None  # (B, G, S, dk); None in a layer that reads another's keys
+    k: Tensor | None  # (B, G, S, dk); None in a layer that makes no keys
     v: Tensor | None  # (B, G, S, dv)
     lengths: Tensor  # (B,) tokens of each row before this call
     used: int  # the longest row before this call
@@ -134,25 +135,29 @@ class HymbaCache:
         meta: list[LayerState],
         batch_size: int,
         max_length: int,
+        like: Tensor,
         fingerprint: str = "",
     ):
-        """meta: what the meta tokens leave in every layer (batch 1); it gives dtype and device too."""
+        """meta: what the meta tokens leave in every layer (batch 1); like: a tensor of the model's dtype and device"""
         self.config, self.max_length, self.fingerprint = config, max_length, fingerprint
         # copies: a forward pass gives views, and each would keep a whole activation alive
-        own = lambda x: x.clone(memory_format=torch.contiguous_format)  # noqa: E731
+        own = lambda x: x if x is None else x.clone(memory_format=torch.contiguous_format)  # noqa: E731
         self.meta = [
             LayerState(own(conv), own(ssm), kv and kv._replace(k=own(kv.k), v=own(kv.v))) for conv, ssm, kv in meta
         ]
-        c, like = config, meta[0].conv
+        c = config
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
         for plan in c.layers:
             if plan.produces_kv:
                 slots = ring_slots(None if plan.spans_context else c.window, max_length)
                 self.k[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, c.d_key)
-                self.v[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, c.d_value)
-        self.conv = like.new_empty(c.n_layers, batch_size, c.d_conv - 1, c.d_inner)
-        self.ssm = meta[0].ssm.new_empty(c.n_layers, batch_size, c.d_inner, c.d_state)
+                self.v[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, plan.d_value)
+        # layer -> its place in `conv` and `ssm`
+        self.recurrent = {layer: i for i, layer in enumerate(plan.index for plan in c.layers if plan.recurs)}
+        L = len(self.recurrent)
+        self.conv = like.new_empty(L, batch_size, c.d_conv - 1, c.d_conv_inputs)
+        self.ssm = like.new_empty(L, batch_size, c.d_inner, c.d_state, dtype=torch.float32)
         # on the CPU always: the loop that drives the model asks for it at every step
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         for row in range(batch_size):
@@ -170,7 +175,7 @@ class HymbaCache:
             "kv": size([*self.k.values(), *self.v.values()]),
             "conv": size([self.conv]),
             "ssm": size([self.ssm]),
-            "meta": size([*kv, *(x for state in self.meta for x in (state.conv, state.ssm))]),
+            "meta": size([*kv, *(x for layer in self.recurrent for x in self.meta[layer][:2])]),
         }
 
     def rows(self, first: int, last: int) -> "HymbaCache":
@@ -192,9 +197,9 @@ class HymbaCache:
     def reset(self, row: int) -> None:
         """Make a row empty: it has read the meta tokens and nothing else."""
         self.lengths[row] = 0
-        for layer, state in enumerate(self.meta):
-            self.conv[layer, row] = state.conv[0]
-            self.ssm[layer, row] = state.ssm[0]
+        for layer, i in self.recurrent.items():
+            self.conv[i, row] = self.meta[layer].conv[0]
+            self.ssm[i, row] = self.meta[layer].ssm[0]
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` the same as `source`: a fork, or a move when `source` is given up afterwards."""
@@ -231,10 +236,10 @@ class HymbaCache:
     def layer(self, plan: LayerPlan, lengths: Tensor, used: int) -> CachedLayer:
         """One layer's part, for a call; lengths and used: of the rows before the call, on the model's device."""
         i = plan.index
+        conv, ssm = (x[self.recurrent[i]] if plan.recurs else None for x in (self.conv, self.ssm))
         return CachedLayer(
-            self.conv[i], self.ssm[i], self.meta[i].meta, self.k.get(i), self.v.get(i), lengths, used,
-            self.config.n_meta,
-        )  # fmt: skip
+            conv, ssm, self.meta[i].meta, self.k.get(i), self.v.get(i), lengths, used, self.config.n_meta
+        )
 
 
 def fingerprint(config: HymbaConfig, weights: list[Tensor]) -> str:

@@ -1,9 +1,10 @@
 """The architecture of Dong et al., "Hymba: A Hybrid-head Architecture for Small Language Models" (arXiv 2411.13676).
 
-From small to large: hybrid heads, block, whole model with meta tokens. Legend:
+From small to large: hybrid heads, block, whole model with meta tokens. What Hymba is compared with has other heads in
+the same blocks (`mixers.py`). Legend:
 
-    B batch, T time, D model width, E inner width, H query heads, G key/value heads, dk, dv head sizes
-    N SSM state per channel, K conv width, M meta tokens, V vocabulary
+    B batch, T time, D model width, E inner width, A attention output width
+    H query heads, G key/value heads, dk, dv head sizes, N SSM state per channel, K conv width, M meta tokens, V vocabulary
 
 Meta tokens stand in front of every input but depend on none, so they are read once for a whole batch, and what they
 leave in each layer (keys, values, conv and SSM state) is where every row, and every document of a packed row, begins:
@@ -24,7 +25,8 @@ from hymba.errors import UserError
 from hymba.model.attention import Attention
 from hymba.model.cache import CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
-from hymba.model.mamba import Mamba
+from hymba.model.mamba import Mamba, Mamba2
+from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
 
@@ -40,13 +42,17 @@ class HybridHeads(nn.Module):
         super().__init__()
         D, E = config.d_model, config.d_inner
         kv = (config.n_kv_heads * config.d_key, config.n_kv_heads * config.d_value) if plan.produces_kv else ()
-        self.widths = (D, *kv, E, E)
+        self.widths = (config.n_heads * config.d_key, *kv, E, E)
         self.in_proj = nn.Linear(D, sum(self.widths), bias=False)
         self.attention = Attention(config, plan)
         self.mamba = Mamba(config)
-        self.attn_norm = RMSNorm(E, eps=config.norm_eps)
+        A = config.n_heads * config.d_value
+        self.concat = config.fusion == "concat"
+        # a mean takes an attention output that is narrower than E (`d_head`) as often as it fits; in Hymba A is E
+        self.repeats = 1 if self.concat else E // A
+        self.attn_norm = RMSNorm(A * self.repeats, eps=config.norm_eps)
         self.ssm_norm = RMSNorm(E, eps=config.norm_eps)
-        self.out_proj = nn.Linear(E, D, bias=False)
+        self.out_proj = nn.Linear(A + E if self.concat else E, D, bias=False)
 
     def forward(
         self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
@@ -56,16 +62,20 @@ class HybridHeads(nn.Module):
         -> (B, T, D), the keys and values that were read, conv state, SSM state
         """
         q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)  # one projection feeds both
-        if kv:
-            k, v = self.attention.keys_and_values(*kv, layout)
-            sources = past.extend(KeyValue(k, v, layout.positions, layout.documents), layout.lengths)
-        else:
-            sources = shared
-        attn = self.attention(q, layout, sources)  # (B, T, E)
+        sources = self.attention.sources(kv, layout, past, shared)
+        attn = self.attention(q, layout, sources)  # (B, T, A)
         ssm, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)  # (B, T, E)
         # the branches live on different scales, so each gets its norm before the mean
-        y = ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
+        if self.concat:
+            y = torch.cat([self.attn_norm(attn), self.ssm_norm(ssm)], dim=-1)  # (B, T, A + E)
+        else:
+            attn = attn.repeat(1, 1, self.repeats) if self.repeats > 1 else attn  # (B, T, E)
+            y = ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
         return self.out_proj(y), sources, conv_state, ssm_state
+
+
+# what a layer mixes tokens with, by its name in `HymbaConfig.mixers`
+MIXERS = {"hybrid": HybridHeads, "attention": AttentionHeads, "mamba": MambaHeads, "mamba2": Mamba2Heads}
 
 
 class MLP(nn.Module):
@@ -85,21 +95,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Hybrid heads, then the MLP, each behind a norm and beside a residual connection."""
+    """Hybrid heads (or those of one kind), then the MLP if there is one, each behind a norm and beside a residual."""
 
     def __init__(self, config: HymbaConfig, plan: LayerPlan):
         super().__init__()
         self.heads_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.heads = HybridHeads(config, plan)
-        self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.heads = MIXERS[plan.mixer](config, plan)
+        self.has_mlp = config.d_ff > 0
+        if self.has_mlp:
+            self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+            self.mlp = MLP(config)
 
     def forward(
         self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
-    ) -> tuple[Tensor, tuple[KeyValue, ...], Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[KeyValue, ...] | None, Tensor | None, Tensor | None]:
+        """As `HybridHeads.forward`; None for what heads of one kind do not have."""
         y, sources, conv_state, ssm_state = self.heads(self.heads_norm(x), layout, past, shared)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), sources, conv_state, ssm_state
+        if self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, sources, conv_state, ssm_state
 
 
 class Hymba(nn.Module):
@@ -131,7 +146,7 @@ class Hymba(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.init_std)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-            elif isinstance(module, Mamba):
+            elif isinstance(module, Mamba | Mamba2):
                 module.init_weights()
         nn.init.normal_(self.meta_tokens, std=self.config.init_std)
 
@@ -253,17 +268,15 @@ class Hymba(nn.Module):
         c, like = self.config, self.meta_tokens
         if c.rope != "dynamic_ntk":
             lengths = lengths[:1]
-        nothing = LayerState(
-            like.new_zeros(1, c.d_conv - 1, c.d_inner),
-            torch.zeros(1, c.d_inner, c.d_state, device=like.device),
-            None,
-        )
+        conv = like.new_zeros(1, c.d_conv - 1, c.d_conv_inputs)
+        ssm = torch.zeros(1, c.d_inner, c.d_state, device=like.device)
+        nothing = [LayerState(conv, ssm, None) if plan.recurs else LayerState(None, None, None) for plan in c.layers]
         if c.n_meta == 0:
-            return [nothing] * c.n_layers
+            return nothing
         positions = torch.arange(c.n_meta, device=like.device)[None]
         layout = Layout(positions, *self.rope(positions, lengths))
         x = like.expand(lengths.shape[0], -1, -1)
-        _, *states = self._run(x, layout, [nothing] * c.n_layers)
+        _, *states = self._run(x, layout, nothing)
         return [state for _, state in states]
 
     def _run(
@@ -280,8 +293,9 @@ class Hymba(nn.Module):
                 x, sources, conv, ssm = block(*arguments)
             shared[plan.index] = sources
             if isinstance(state, CachedLayer):
-                state.conv.copy_(conv)
-                state.ssm.copy_(ssm)
+                if plan.recurs:
+                    state.conv.copy_(conv)
+                    state.ssm.copy_(ssm)
                 yield x, state
             else:
                 yield x, LayerState(conv, ssm, sources[-1] if plan.produces_kv else None)
@@ -325,7 +339,7 @@ class Hymba(nn.Module):
             )
         meta = self.meta_states(torch.zeros(1, dtype=torch.int64, device=self.meta_tokens.device))
         name = fingerprint(c, [parameter.flatten()[:64] for parameter in self.parameters()])
-        return HymbaCache(c, meta, batch_size, max_length, name)
+        return HymbaCache(c, meta, batch_size, max_length, self.meta_tokens, name)
 
     @classmethod
     def from_pretrained(

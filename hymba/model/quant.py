@@ -305,11 +305,10 @@ def matrices(model: "Hymba") -> Iterator[tuple[str, QuantMatrix]]:
 
 def _replace(model: "Hymba", bits: int, make: Callable[[Tensor, int], QuantMatrix]) -> None:
     for block in model.blocks:
-        linears = [(block.heads, "in_proj"), (block.heads, "out_proj"), (block.heads.mamba, "x_proj")]
-        linears += [(block.mlp, name) for name, _ in block.mlp.named_children()]
-        for owner, name in linears:
-            weight = getattr(owner, name).weight
-            setattr(owner, name, QuantLinear(make(weight, 8 if name == "x_proj" else bits)))
+        for path, linear in [(path, x) for path, x in block.named_modules() if isinstance(x, nn.Linear)]:
+            owner, _, name = path.rpartition(".")
+            quantised = QuantLinear(make(linear.weight, 8 if name == "x_proj" else bits))
+            setattr(block.get_submodule(owner), name, quantised)
     weight = model.embedding.weight
     embedding = make(weight, 8)
     head = embedding if model.lm_head.weight is weight else make(model.lm_head.weight, 8)

@@ -97,9 +97,13 @@ def selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths
     return backend(u).selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths)
 
 
+def ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None):
+    return backend(x).ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts, lengths)
+
+
 def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
 
 
-for _name in ("rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "attention"):
+for _name in ("rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention"):
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

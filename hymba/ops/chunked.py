@@ -1,10 +1,10 @@
 """The operations of `reference.py` in plain PyTorch, for any device and floating type: what runs where no kernel does.
 
-Float32 inside, gradients by autograd. Against the reference, the scan takes O(sqrt T) steps of Python instead of T, and
-attention looks only at the keys between the first and the last that a block of queries may see. Both recompute in the
-backward pass, so that memory is linear in T.
+Float32 inside, gradients by autograd. Against the reference, the scan takes O(sqrt T) steps of Python instead of T, the
+recurrence of Mamba-2 becomes matrix products of chunks, and attention looks only at the keys between the first and the
+last that a block of queries may see. All recompute in the backward pass, so that memory is linear in T.
 
-    B batch, T time, E inner width, N state, H query heads, G key/value heads, S keys
+    B batch, T time, E inner width, N state, H query heads, G key/value heads, S keys; `ssd`: S heads of P channels
 """
 
 import math
@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from hymba.ops.reference import causal_conv, mean_of_norms, rms_norm
 from hymba.visibility import KeyValue, same_document, visible
 
-__all__ = ["attention", "causal_conv", "mean_of_norms", "rms_norm", "selective_scan"]
+__all__ = ["attention", "causal_conv", "mean_of_norms", "rms_norm", "selective_scan", "ssd"]
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats
 SEGMENT = 256
+# steps of `ssd` that are recomputed together in the backward pass, and steps of a chunk
+SSD_SEGMENT, SSD_CHUNK = 1024, 64
 # queries that look at keys together
 QUERIES = 128
 
@@ -87,6 +89,69 @@ def _scan_segment(delta, drive, A, B, C, h, first, starts) -> tuple[Tensor, Tens
     before = torch.stack(before, dim=1)
     outputs = [y + (p * before * C[:, :, t, None]).sum(-1) for t, (y, p) in enumerate(zip(outputs, left, strict=True))]
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :T], h
+
+
+def ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None) -> tuple[Tensor, Tensor]:
+    T = x.shape[1]
+    first = state.float().expand(x.shape[0], -1, -1, -1)
+    delta = F.softplus(dt.float() + dt_bias.float())  # (B, T, S)
+    if lengths is not None:
+        inside = torch.arange(T, device=x.device) < lengths[:, None]
+        delta = delta * inside[..., None]
+    drive = delta[..., None] * x.float()
+    h, outputs = first, []
+    for t in range(0, T, SSD_SEGMENT):
+        part = slice(t, min(t + SSD_SEGMENT, T))
+        y, h = _recomputed(
+            _ssd_segment, delta[:, part] * A.float(), drive[:, part], B[:, part].float(), C[:, part].float(), h, first,
+            None if starts is None else starts[:, part],
+        )  # fmt: skip
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1) + x.float() * D.float()[:, None]
+    return (y * F.silu(gate.float())).to(x.dtype), h
+
+
+def _ssd_segment(rate, drive, B, C, h, first, starts) -> tuple[Tensor, Tensor]:
+    """The block decomposition of Dao and Gu (section 6): products within chunks, a recurrence from chunk to chunk.
+
+    `kept` (B, chunks, S, t, s) is what is left at step t of what came in at step s. It is the exponential of sums that
+    begin at s: differences of sums that begin at the chunk would lose digits, and of ratios overflow.
+
+    rate: (B, T, S) delta A, drive: (B, T, S, P) delta x -> (B, T, S, P) h C, (B, S, P, N) the last state
+    """
+    T = rate.shape[1]
+    L = min(T, SSD_CHUNK)
+    count = -(-T // L)
+    # padding with rate = drive = 0 leaves states alone
+    chunk = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, count * L - T)).unflatten(1, (count, L))  # noqa: E731
+    rate, drive, B, C = chunk(rate).transpose(2, 3), chunk(drive).transpose(2, 3), chunk(B), chunk(C)
+    later = torch.ones(L, L, dtype=torch.bool, device=rate.device).tril(-1)  # (t, s), t > s
+    sums = rate[..., None].expand(*rate.shape, L).masked_fill(~later, 0).cumsum(-2)  # over s < r <= t
+    same = later | torch.eye(L, dtype=torch.bool, device=rate.device)
+    passed = rate.cumsum(-1).exp()[..., None]  # (B, chunks, S, t, 1): of the state before the chunk
+    if starts is not None:
+        document = chunk(starts[..., None])[..., 0].cumsum(-1)  # (B, chunks, L) counted in the chunk
+        same = (same & (document[..., :, None] == document[..., None, :]))[:, :, None]
+        passed = passed * (document == 0)[:, :, None, :, None]
+    kept = sums.exp().masked_fill(~same, 0)
+    y = (kept * (C @ B.mT)[:, :, None]) @ drive  # (B, chunks, S, L, P)
+    # what the chunk itself leaves
+    left = (kept[..., -1, :, None] * drive).mT @ B[:, :, None]  # (B, chunks, S, P, N)
+    restart = None
+    if starts is not None:
+        # a document's first step finds the state `first`, and decays it
+        begins = chunk(starts[..., None])[:, :, None] * rate.exp()[..., None]  # (B, chunks, S, L, 1)
+        restart = kept @ begins
+        left = left + restart[..., -1, :, None] * first[:, None]
+    before = []
+    for c in range(count):
+        before.append(h)
+        h = left[:, c] + passed[:, c, :, -1, :, None] * h
+    before = torch.stack(before, dim=1)  # (B, chunks, S, P, N)
+    y = y + passed * (C[:, :, None] @ before.mT)
+    if restart is not None:
+        y = y + restart * (C[:, :, None] @ first[:, None].mT)
+    return y.transpose(2, 3).flatten(1, 2)[:, :T], h
 
 
 def attention(q, positions, documents, sources: Sequence[KeyValue], window, n_meta, scale) -> Tensor:

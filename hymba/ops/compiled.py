@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hymba.ops import native
+from hymba.ops.chunked import ssd  # noqa: F401
 from hymba.visibility import KeyValue
 
 

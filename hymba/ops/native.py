@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
 from hymba.visibility import KeyValue
 

@@ -3,7 +3,7 @@
 Kernels are optimisations of these functions and have their signatures. Gradients are autograd's.
 
     B batch, T time, E inner width, N state, K conv width, H query heads, G key/value heads, S keys
-    dk size of a query or key head, dv size of a value head
+    dk size of a query or key head, dv size of a value head; `ssd`: S heads of P channels
 """
 
 from collections.abc import Sequence
@@ -104,6 +104,48 @@ def selective_scan(
         outputs.append((h * C[:, t, None].float()).sum(-1))
     y = torch.stack(outputs, dim=1) + u.float() * D.float()
     return (y * F.silu(gate.float())).to(u.dtype), h
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of Mamba-2 (Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, equation 2), gated.
+
+        delta = softplus(dt + dt_bias)
+        h     = exp(delta A) h + delta x B^T
+        y     = (h C + D x) SiLU(gate)
+
+    `selective_scan` in which delta, A and D are one number for all channels and states of a head.
+
+    x, gate: (B, T, S, P), dt: (B, T, S), dt_bias, A, D: (S,), A negative, B, C: (B, T, N),
+    state: (B or 1, S, P, N) float32, the state before the first step; starts, lengths: as in `selective_scan`
+    -> y: (B, T, S, P) in x's dtype, last state: (B, S, P, N) float32
+    """
+    first = state.float().expand(x.shape[0], -1, -1, -1)
+    delta = F.softplus(dt.float() + dt_bias.float())  # (B, T, S)
+    if lengths is not None:
+        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        delta = delta * inside[..., None]
+    drive = delta[..., None] * x.float()
+    h, outputs = first, []
+    for t in range(x.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None, None], first, h)
+        decay = torch.exp(delta[:, t] * A.float())  # (B, S)
+        h = decay[..., None, None] * h + drive[:, t, :, :, None] * B[:, t, None, None].float()
+        outputs.append((h * C[:, t, None, None].float()).sum(-1))
+    y = torch.stack(outputs, dim=1) + x.float() * D.float()[:, None]
+    return (y * F.silu(gate.float())).to(x.dtype), h
 
 
 def attention(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba.ops import reference
+from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
 from hymba.ops.gpu import attention as _attention
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, conv_forward

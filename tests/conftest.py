@@ -57,6 +57,26 @@ VARIANTS = {
     "wide conv": {"d_conv": 12},
     "no conv": {"d_conv": 1},
 }
+NO_ATTENTION = {"global_layers": (), "kv_groups": (), "rope": "none"}
+# what Hymba is compared with (paper, tables 1 and 3), as far as it is no change above
+OTHER_ARCHITECTURES = {
+    "mamba": {"mixers": ("mamba",), "n_meta": 0, **NO_ATTENTION},
+    "mamba with meta tokens": {"mixers": ("mamba",), **NO_ATTENTION},
+    "mamba and one attention head": {"n_heads": 1, "n_kv_heads": 1, "d_head": 8},
+    "mamba and two attention heads": {"n_heads": 2, "n_kv_heads": 1, "d_head": 8},
+    "concat": {"fusion": "concat"},
+    "concat of wider attention": {"fusion": "concat", "n_heads": 6, "d_head": 6, "qk_norm": "perhead-rms"},
+    "attention": {"mixers": ("attention",), "n_meta": 0, "window": None, "global_layers": (), "kv_groups": ()},
+    "attention with compressed keys": {"mixers": ("attention",)},
+    "attention of other width": {"mixers": ("attention",), "d_head": 6},
+    "mamba2": {"mixers": ("mamba2",), "d_ssm_head": 16, "d_ff": 0, **NO_ATTENTION},
+    "mamba2 with MLP": {"mixers": ("mamba2",), "d_ssm_head": 32, "n_meta": 0, **NO_ATTENTION},
+    "samba": {"mixers": ("mamba", "attention"), "global_layers": (), "kv_groups": ()},
+    "mamba2 and attention": {"mixers": ("mamba2", "attention", "mamba2"), "d_ssm_head": 8, "global_layers": (1,),
+                             "kv_groups": ((1, 4),)},
+    "hybrid and attention": {"mixers": ("hybrid", "attention"), "kv_groups": ((0, 2), (1, 3))},
+}  # fmt: skip
+VARIANTS |= OTHER_ARCHITECTURES
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 

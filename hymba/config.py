@@ -18,6 +18,7 @@ QK_NORMS = ("none", "rms", "perhead-rms")
 MLP_ACTIVATIONS = ("silu", "relu2")
 # what a layer may mix tokens with: Hymba's hybrid heads, and each kind of head alone (docs/model.md)
 MIXERS = ("hybrid", "attention", "mamba", "mamba2")
+WITH_ATTENTION = ("hybrid", "attention")
 FUSIONS = ("mean", "concat")
 
 
@@ -114,8 +115,8 @@ class HymbaConfig:
 
     @property
     def d_value(self) -> int:
-        """Size of a value head of a hybrid layer: where heads fill the model width (`d_head` None), the attention output
-        is as wide as the Mamba output."""
+        """Size of a value head of a hybrid layer: where heads fill the model width, as they do if `d_head` is None, the
+        attention output is as wide as the Mamba output."""
         return self.expand * self.d_key
 
     @property
@@ -156,23 +157,22 @@ class HymbaConfig:
         )
 
     def with_mixers(self, *mixers: str, **changes) -> "HymbaConfig":
-        """This model with other layers; choices about attention stay for the layers that have it."""
-        layers = range(self.n_layers)
-        attend = {i for i in layers if mixers and mixers[i % len(mixers)] in ("hybrid", "attention")}
-        groups = (tuple(i for i in group if i in attend) for group in self.kv_groups)
+        """This model with other layers. What was chosen about attention stays for the layers that have it."""
+        repeated = (mixers * self.n_layers)[: self.n_layers]
+        attend = {mixer: [i for i, x in enumerate(repeated) if x == mixer] for mixer in WITH_ATTENTION}
+        groups = [tuple(i for i in group if i in layers) for group in self.kv_groups for layers in attend.values()]
         fitting = {
             "mixers": mixers,
-            "global_layers": tuple(i for i in self.global_layers if i in attend),
+            "fusion": self.fusion if "hybrid" in mixers else "mean",
+            "global_layers": tuple(i for i in self.global_layers if any(i in layers for layers in attend.values())),
             "kv_groups": tuple(group for group in groups if len(group) > 1),
         }
-        if not attend:
+        if not set(WITH_ATTENTION) & set(mixers):
             fitting |= {"rope": "none", "qk_norm": "none", "d_head": None}
-        if "hybrid" not in mixers:
-            fitting["fusion"] = "mean"
         return replace(self, **(fitting | changes))
 
     def _attends(self, layer: int) -> bool:
-        return self.mixer(layer) in ("hybrid", "attention")
+        return self.mixer(layer) in WITH_ATTENTION
 
     def _is_global(self, layer: int) -> bool:
         return self.window is None or layer in self.global_layers
@@ -208,10 +208,9 @@ class HymbaConfig:
             self._check_attention()
         else:
             for name, idle in (("rope", "none"), ("qk_norm", "none"), ("d_head", None)):
-                if getattr(self, name) != idle:
-                    raise UserError(
-                        f"{name}={brief(getattr(self, name))} has no effect: no layer has attention; set {name}={idle!r}"
-                    )
+                value = getattr(self, name)
+                if value != idle:
+                    raise UserError(f"{name}={value!r} has no effect: no layer has attention; set {name}={idle!r}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < MAX_REAL:  # false for NaN, too
                 raise UserError(f"{name}={brief(getattr(self, name))} must be above 0 and below {MAX_REAL:g}")
@@ -243,7 +242,9 @@ class HymbaConfig:
 
     def _check_attention(self) -> None:
         if self.d_head is None and self.d_model % self.n_heads:
-            raise UserError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; choose d_head otherwise")
+            raise UserError(
+                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; choose d_head otherwise"
+            )
         if not 1 <= self.d_key <= MAX_SIZE:
             raise UserError(f"d_head={brief(self.d_head)} must be from 1 to {MAX_SIZE}; None is d_model / n_heads")
         if self.n_heads % self.n_kv_heads:

@@ -81,7 +81,7 @@ OPTIONAL = {
     "sliding_window": None,
     "rope_theta": 10000.0,
 }
-# our own keys, for what the official file cannot say; they are left out where they have the value of the field's default
+# our own keys, for what the official file cannot say; left out where they have the default of the field
 OWN = ("mixers", "fusion", "d_head", "d_ssm_head")
 # keys by which the released code would take a model for its own
 OF_RELEASED_CODE = ("architectures", "auto_map", "conv_dim", "layer_type", "v_head_dim")

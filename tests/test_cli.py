@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import OTHER_ARCHITECTURES, TINY
 
 from hymba import LLM, Hymba, HymbaConfig, SamplingParams, Tokenizer, __version__
 from hymba.cli import VERBS, run
@@ -357,13 +357,18 @@ def test_info_fits_a_terminal(arguments, hymba, checkpoint):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"window": None, "global_layers": ()}, {"n_meta": 0}, {"rope": "none", "rope_original_length": None}],
+    [{"window": None, "global_layers": ()}, {"n_meta": 0}, {"rope": "none", "rope_original_length": None},
+     *OTHER_ARCHITECTURES.values()],
     ids=str,
-)
-def test_info_of_odd_models(changes, hymba, tmp_path):
+)  # fmt: skip
+def test_info_of_other_models(changes, hymba, tmp_path):
     Hymba(replace(TINY, **changes)).save_pretrained(tmp_path)
     status, out, _ = hymba("info", tmp_path)
     assert status == 0 and "None" not in out and "0 meta tokens" not in out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    mixers = changes.get("mixers", ["hybrid"])
+    assert ("Mamba-2" in out) == ("mamba2" in mixers)
+    assert ("for queries" in out) == any(mixer in ("hybrid", "attention") for mixer in mixers)
 
 
 @pytest.mark.parametrize("shard", [None, "300KB"])

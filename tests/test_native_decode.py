@@ -9,8 +9,8 @@ import torch
 from conftest import (
     GOLDEN,
     GOLDEN_CASES,
-    TINY,
     OTHER_ARCHITECTURES,
+    TINY,
     VARIANTS,
     WINDOW,
     assert_close,

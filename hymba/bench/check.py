@@ -20,9 +20,11 @@ def fast_against_reference(config: HymbaConfig) -> dict[str, float]:
     rounding explains.
     """
     small = HymbaConfig(
-        vocab_size=1000, d_model=config.d_key * config.n_heads, n_layers=4, n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads, d_ff=512, d_state=config.d_state, dt_rank=config.dt_rank, n_meta=16, window=64,
-        global_layers=(0, 3), kv_groups=((1, 2),), max_length=512, rope="default",
+        n_layers=max(4, len(config.mixers)), global_layers=(0, 3), kv_groups=((1, 2),), rope="default"
+    ).with_mixers(
+        *config.mixers, vocab_size=1000, d_model=config.d_model, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
+        d_ff=min(config.d_ff, 512), d_state=config.d_state, dt_rank=config.dt_rank, n_meta=16, window=64,
+        max_length=512, fusion=config.fusion, d_head=config.d_head, d_ssm_head=config.d_ssm_head,
     )  # fmt: skip
     errors = {}
     ids = torch.randint(1, small.vocab_size, (2, PROMPT + STEPS))

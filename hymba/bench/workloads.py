@@ -11,6 +11,7 @@ from hymba.config import HymbaConfig
 from hymba.engine.decoder import make_decoder
 from hymba.model.cache import HymbaCache
 from hymba.model.hymba import Hymba
+from hymba.model.mamba import Mamba, Mamba2
 from hymba.model.quant import quantize_
 
 # elements of the random block that fills large weights: real spread, but no minute of drawing numbers
@@ -44,8 +45,9 @@ def random_model(config: HymbaConfig, precision: str) -> Hymba:
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith(".D"):
             parameter.data.fill_(1)
-    for layer in model.blocks:
-        layer.heads.mamba.init_weights()
+    for module in model.modules():
+        if isinstance(module, Mamba | Mamba2):
+            module.init_weights()
     if config.tie_embeddings:
         model.lm_head.weight = model.embedding.weight
     model.requires_grad_(False).eval()
@@ -80,10 +82,11 @@ def attention_operations(config: HymbaConfig, first: int, count: int) -> float:
     """Multiplications and additions of attention for tokens first .. first + count - 1 of a row."""
     c, total = config, 0
     for plan in c.layers:
-        for t in range(first, first + count):
-            seen = t + 1 if plan.window is None else min(t, plan.window) + 1
-            total += seen + c.n_meta
-    return 2.0 * total * c.n_heads * (c.d_key + c.d_value)
+        if plan.attends:
+            for t in range(first, first + count):
+                seen = t + 1 if plan.window is None else min(t, plan.window) + 1
+                total += (seen + c.n_meta) * (c.d_key + plan.d_value)
+    return 2.0 * total * c.n_heads
 
 
 def filled_cache(model: Hymba, batch: int, context: int, room: int) -> HymbaCache:
@@ -134,22 +137,25 @@ def prefill(model: Hymba, precision: str, length: int, chunk: int) -> Workload:
     return Workload(run, length, weight_bytes(model), operations, "float32" if precision == "float32" else "bfloat16")
 
 
-def scans(model: Hymba, length: int, chunk: int) -> Workload:
-    """The selective scans of a prefill alone."""
+def scans(model: Hymba, length: int, chunk: int) -> Workload | None:
+    """The selective scans of a prefill alone; None in a model without Mamba-1 heads."""
     c, dtype = model.config, model.norm.weight.dtype
+    mambas = [module for module in model.modules() if isinstance(module, Mamba)]
+    if not mambas:
+        return None
     T, E, N = min(chunk, length), c.d_inner, c.d_state
     u, dt, gate = (torch.randn(1, T, E).to(dtype) for _ in range(3))
     B, C = (torch.randn(1, T, N).to(dtype) for _ in range(2))
-    mamba, state = model.blocks[0].heads.mamba, torch.zeros(1, E, N)
+    mamba, state = mambas[0], torch.zeros(1, E, N)
     A = -torch.exp(mamba.A_log.float())
 
     @torch.inference_mode()
     def run() -> None:
-        for _ in range(c.n_layers * -(-length // T)):
+        for _ in range(len(mambas) * -(-length // T)):
             ops.selective_scan(u, dt, mamba.dt_bias, A, B, C, mamba.D, gate, state)
 
     element = u.element_size()
-    return Workload(run, length, c.n_layers * length * (4 * E + 2 * N) * element, 0, "float32")
+    return Workload(run, length, len(mambas) * length * (4 * E + 2 * N) * element, 0, "float32")
 
 
 def training(config: HymbaConfig, batch: int, length: int, dtype: torch.dtype) -> Workload:

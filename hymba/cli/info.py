@@ -61,7 +61,7 @@ def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[
             "kv_if_meta_were_stored_per_sequence": cache["kv"] + batch * meta_kv,
         },
         "llama_3_2_3b_kv_bytes": llama,
-        "kv_ratio": llama / cache["kv"],
+        "kv_ratio": llama / cache["kv"] if cache["kv"] else None,
         "rows_ratio": llama / (cache["kv"] + cache["conv"] + cache["ssm"]),
     }
 
@@ -98,25 +98,32 @@ def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
         ],
     )
     ours, all_of_it = facts["kv_ratio"], facts["rows_ratio"]
-    print(f"  Llama-3.2-3B's are {ours:,.2f} times as large as ours, {all_of_it:,.2f} times all of a row")
+    times = lambda ratio: f"{ratio:,.2f}" if ratio < 1000 else f"{ratio:,.0f}"  # noqa: E731
+    ours = "" if ours is None else f" {times(ours)} times as large as ours,"
+    print(f"  Llama-3.2-3B's are{ours} {times(all_of_it)} times all of a row")
 
 
 def _outline(c: HymbaConfig) -> list[tuple[str, str]]:
-    full = sum(plan.window is None for plan in c.layers)
-    stores = sum(plan.produces_kv for plan in c.layers)
+    attending = [plan for plan in c.layers if plan.attends]
+    full = sum(plan.window is None for plan in attending)
+    stores = sum(plan.produces_kv for plan in attending)
     meta = f" and the {c.n_meta} meta tokens" if c.n_meta else ""
-    local = f", else {c.window} tokens back{meta}" if full < c.n_layers else ""
-    return [
-        ("layers", f"{c.n_layers} of width {c.d_model}"),
-        (
-            "heads",
-            f"{c.n_heads} for queries, {c.n_kv_heads} for keys and values; Mamba: width {c.d_inner}, state {c.d_state}",
-        ),
-        ("attention", f"full in {full} layers{local}"),
-        ("sharing", f"{stores} of {c.n_layers} layers store keys and values, the others read theirs"),
-        ("context", f"{c.max_length} tokens, RoPE {c.rope}"),
-        ("vocabulary", f"{c.vocab_size}"),
-    ]
+    local = f", else {c.window} tokens back{meta}" if full < len(attending) else ""
+    mixers = "" if c.mixers == ("hybrid",) else f": {', '.join(c.mixers)}" + ", ..." * (len(c.mixers) < c.n_layers)
+    lines = [("layers", f"{c.n_layers} of width {c.d_model}{mixers}{'' if c.d_ff else ', without MLP'}")]
+    if attending:
+        lines += [
+            ("heads", f"{c.n_heads} for queries, {c.n_kv_heads} for keys and values, of size {c.d_key}"),
+            ("attention", f"full in {full} layers{local}"),
+            ("sharing", f"{stores} of {len(attending)} layers store keys and values, the others read theirs"),
+        ]
+    if "mamba2" in c.mixers:
+        lines.append(("Mamba-2", f"{c.n_ssm_heads} heads of width {c.d_ssm_head}, state {c.d_state}"))
+    elif any(plan.recurs for plan in c.layers):
+        lines.append(("Mamba", f"width {c.d_inner}, state {c.d_state}"))
+    if "hybrid" in c.mixers:
+        lines.append(("fusion", f"{c.fusion} of the normed branches"))
+    return [*lines, ("context", f"{c.max_length} tokens, RoPE {c.rope}"), ("vocabulary", f"{c.vocab_size}")]
 
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:

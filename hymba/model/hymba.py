@@ -3,8 +3,9 @@
 From small to large: hybrid heads, block, whole model with meta tokens. What Hymba is compared with has other heads in
 the same blocks (`mixers.py`). Legend:
 
-    B batch, T time, D model width, E inner width, A attention output width
-    H query heads, G key/value heads, dk, dv head sizes, N SSM state per channel, K conv width, M meta tokens, V vocabulary
+    B batch, T time, D model width, E inner width, A width of the attention output
+    H query heads, G key/value heads, dk, dv head sizes, N SSM state per channel, K conv width
+    M meta tokens, V vocabulary
 
 Meta tokens stand in front of every input but depend on none, so they are read once for a whole batch, and what they
 leave in each layer (keys, values, conv and SSM state) is where every row, and every document of a packed row, begins:

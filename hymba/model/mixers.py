@@ -1,4 +1,4 @@
-"""The other mixers: attention heads alone, Mamba heads alone, Mamba-2. What Hymba is compared with (paper, tables 1, 3).
+"""What Hymba is compared with (paper, tables 1 and 3): attention heads alone, Mamba heads alone, Mamba-2.
 
 They stand in the place of `HybridHeads`, with the same parts and the same arguments and results. What belongs to the
 fusion of two branches, the norm of each, they do not have.

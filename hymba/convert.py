@@ -7,7 +7,7 @@ package does not compute is refused by name, never ignored. Weights are read fro
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -321,8 +321,11 @@ def from_official_shape(name: str, x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def resolve(path: str | os.PathLike) -> Path:
-    """A folder with a checkpoint: a path, or a Hugging Face hub id (`owner/name`), which is fetched into its cache."""
+def resolve(path: str | os.PathLike, wanted: Sequence[str] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
+    """A folder with a checkpoint: a path, or a Hugging Face hub id (`owner/name`), which is fetched into its cache.
+
+    wanted: patterns of the files that are fetched
+    """
     folder = Path(path)
     try:
         if folder.is_dir():
@@ -336,8 +339,7 @@ def resolve(path: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download  # not needed by anyone who loads from a folder
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
     except Exception as error:  # the hub's client raises errors of many libraries
         raise UserError(f"{path}: no such folder, and the hub could not give it ({_reason(error)})") from None
 

@@ -13,6 +13,7 @@ there, in every epoch at another place.
 
 import hashlib
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,13 +117,17 @@ def _open_shard(stem: str, dtype: np.dtype, size: int) -> tuple[np.ndarray, np.n
     """Tokens and starts of documents, as memory maps."""
     path = f"{stem}.docs.npy"
     try:
-        tokens = np.memmap(f"{stem}.bin", dtype, "r", shape=(size,))
-        starts = np.load(path, mmap_mode="r")
+        with open(f"{stem}.bin", "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Rows are far apart: what the system would read ahead, up to megabytes a row, is not wanted.
+        pages.madvise(mmap.MADV_RANDOM)
+        tokens = np.frombuffer(pages, dtype)
+        starts = np.load(path, mmap_mode="r").view(np.ndarray)
     except (OSError, ValueError) as error:
         raise UserError(f"{stem} cannot be read ({error}); copy or prepare the data again") from None
     if starts.dtype != np.int64 or starts.ndim != 1 or not len(starts) or starts[0] != 0 or starts[-1] >= size:
         raise UserError(f"{path} does not fit {stem}.bin; copy or prepare the data again")
-    return tokens.view(np.ndarray), starts.view(np.ndarray)
+    return tokens, starts
 
 
 class TrainingRows:

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def starts_of(shards: list[list[int]]) -> set[int]:
 
 def shard_ranges(shards: list[list[int]]) -> list[range]:
     ends = np.cumsum([0, *map(sum, shards)]).tolist()
-    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(ends)]
 
 
 def predicted(rows: Rows, starts: set[int]) -> Counter:
@@ -173,9 +174,7 @@ def test_ten_billion_tokens_need_no_memory(tmp_path):
             file.truncate(4 * tokens)
         np.save(tmp_path / f"{name}.docs.npy", np.array([0]))
         entries.append({"name": name, "tokens": tokens, "starts": 1})
-    write_manifest(
-        tmp_path, {"train": {"tokens": tokens * count, "documents": count, "bytes": 1, "shards": entries}}
-    )
+    write_manifest(tmp_path, {"train": {"tokens": tokens * count, "documents": count, "bytes": 1, "shards": entries}})
     before = anonymous_memory()
     rows = TrainingRows([Source(str(tmp_path))], 2048, seed=0)
     for first in (0, 10**6, 10**9):

@@ -75,17 +75,13 @@ def find_inputs(pattern: str, kind: str | None = None) -> list[Input]:
         return [Input(pattern, "dataset", sum(file.stat().st_size for file in path.glob("*.arrow")))]
     if path.is_dir():
         files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and _kind(file)]
-        wanted = ", ".join(KINDS)
-    elif path.exists():
-        files, wanted = [pattern], ""
+        absent = f"no file in it ends in {', '.join(KINDS)}, or one of these and .gz"
     else:
-        files = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-        wanted = ""
+        found = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+        files = [name for name in found if not Path(name).is_dir()]
+        absent = "there is no such file"
     if not files:
-        what = (
-            f"the folder has no file that ends in {wanted} (or those with .gz)" if wanted else "there is no such file"
-        )
-        raise UserError(f"{pattern}: {what}; name text, JSONL or Parquet files, or a dataset as {HUB}NAME")
+        raise UserError(f"{pattern}: {absent}; name text, JSONL or Parquet files, or a dataset as {HUB}NAME")
     return [_file(name, kind) for name in files]
 
 

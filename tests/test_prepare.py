@@ -221,6 +221,17 @@ def test_validation_files_stay_out_of_training(tmp_path):
         assert contents(tmp_path / "out")[name] == contents(tmp_path / "alone")[name]
 
 
+def test_a_tokenizer_learns_from_a_sample_of_much_text(tmp_path, monkeypatch):
+    texts = [f"{chr(97 + i % 26) * 3} {chr(97 + i // 26) * 3} " * 20 for i in range(26 * 26)]
+    source, seen = write_jsonl(tmp_path / "a.jsonl", texts), []
+    train = Tokenizer.train
+    monkeypatch.setattr(preparing, "TOKENIZER_TEXT", source.stat().st_size // 10)
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, size: train((seen.append(t) or t for t in texts), size))
+    prepare(Settings((str(source),), tmp_path / "out", train_tokenizer=300))
+    assert 30 < len(seen) < 100
+    assert len({text[4] for text in seen}) > 15  # from everywhere
+
+
 def test_validation_fraction(tmp_path, tokenizer, small):
     texts = [f"document number {i % 300} " * (1 + i % 60) for i in range(1200)]  # each several times
     source = str(write_jsonl(tmp_path / "a.jsonl", texts))

@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, title: str, total: int, unit: str, bar: Progress | None):
         self._title, self._total, self._unit, self._bar = title, total, unit, bar
-        self._task: TaskID | None = bar and bar.add_task(title, total=total)
+        self._task: TaskID | None = bar and bar.add_task(title, total=total or None)
         self._done, self._spoke = 0, time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -44,7 +44,8 @@ class Job:
             self._bar.update(self._task, completed=self._done)
         elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
             self._spoke = time.monotonic()
-            print(f"{self._title}: {self._done} of {self._total} {self._unit}", file=sys.stderr, flush=True)
+            of = f" of {self._total}" if self._total else ""
+            print(f"{self._title}: {self._done}{of} {self._unit}", file=sys.stderr, flush=True)
 
     def print(self, text: str) -> None:
         """A result, on stdout, above the bar."""
@@ -57,12 +58,13 @@ class Job:
 
 @contextmanager
 def job(title: str, total: int, unit: str) -> Iterator[Job]:
-    """Show a job of `total` units while it runs."""
+    """Show a job of `total` units while it runs; 0: it is not known how many."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Job(title, total, unit, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} " + unit))
+    count = "{task.completed} of {task.total} " if total else "{task.completed} "
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(count + unit))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, redirect_stdout=False) as bar:
         yield Job(title, total, unit, bar)
 

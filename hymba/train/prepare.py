@@ -128,7 +128,7 @@ class _Preparation:
         if not found:
             raise UserError("all inputs are validation files; nothing is left to train on")
         self.inputs = [(input, "train") for input in found] + [(input, "validation") for input in held_out]
-        self.tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+        self.tokenizer = None if settings.tokenizer is None else _load_tokenizer(settings.tokenizer)
         self.fingerprint = self._fingerprint()
 
     def _find(self, pattern: str) -> list[Input]:
@@ -142,11 +142,14 @@ class _Preparation:
         recipe = {
             "format": FORMAT,
             "tokenizer": s.train_tokenizer if self.tokenizer is None else self.tokenizer.fingerprint(),
-            "inputs": [[input.name, input.kind, input.size, split] for input, split in self.inputs],
+            "inputs": [[self._shown(input), input.kind, input.size, split] for input, split in self.inputs],
             "options": [s.validation_fraction, s.field, s.split_on, s.seed, s.shard_tokens],
         }
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
         return {"recipe": digest, "changed": [input.changed for input, _ in self.inputs]}
+
+    def _shown(self, input: Input) -> str:
+        return "-" if input.name == str(self.folder / STDIN_COPY) else input.name
 
     def run(self) -> dict[str, Any]:
         if self._is_finished(self.output):
@@ -221,14 +224,19 @@ class _Preparation:
         return {TOKENIZER_FILE, *OPTIONAL_FILES} & set(os.listdir(self.folder))
 
     def _train_tokenizer(self) -> Tokenizer:
-        """Learn one from the training split, or from an even sample of its pieces if there is very much text."""
+        """Learn one from the training split, or if there is very much text from a sample of its pieces: an even one
+        where the sizes of the inputs are known, else the beginning."""
         share = TOKENIZER_TEXT / max(sum(input.size for input, split in self.inputs if split == "train"), 1)
         with self._job("reading for the tokenizer") as meter:
 
             def texts() -> Iterator[str]:
+                left = TOKENIZER_TEXT
                 for _, split, _, piece in self._pieces(Progress({}), cut_at_space, meter):
                     if split == "train" and (share >= 1 or _chance(piece.text, "tokenizer") < share):
                         yield piece.text
+                        left -= piece.size
+                        if left <= 0:
+                            return
 
             return Tokenizer.train(texts(), self.settings.train_tokenizer)
 
@@ -246,8 +254,8 @@ class _Preparation:
                 yield number, split, begins, piece
                 split = None if piece.last else split
                 within += piece.size
-                meter.reach(before + min(within, input.size))
-            before += input.size
+                meter.reach(before + min(within, input.size or within))
+            before += input.size or within
             meter.reach(before)
 
     def _split_of(self, split: str, beginning: str) -> str:
@@ -259,9 +267,9 @@ class _Preparation:
 
     def _encode(self) -> None:
         progress = self.progress
-        begin, end = document_ends(self.tokenizer)
+        ends = _document_ends(self.tokenizer)
         writers = {
-            split: _Writer(self.folder, split, shards, self.dtype, self.settings.shard_tokens)
+            split: _Writer(self.folder, split, shards, self.dtype, ends, self.settings.shard_tokens)
             for split, shards in progress.splits.items()
         }
         files = {name for writer in writers.values() for name in writer.names()}
@@ -271,7 +279,7 @@ class _Preparation:
             unsaved = 0
             for batch, encoded in _encoded(pieces, self.tokenizer):
                 for (_, split, begins, piece), ids in zip(batch, encoded, strict=True):
-                    writers[split].write(begin * begins + ids + end * piece.last, begins, piece.size)
+                    writers[split].write(ids, begins, piece.last, piece.size)
                 for writer in writers.values():
                     writer.flush()
                 unsaved += 1
@@ -354,9 +362,12 @@ class _Meter:
 class _Writer:
     """Appends documents to the shards of a split; `shards` always says what is in the files after a flush."""
 
-    def __init__(self, folder: Path, split: str, shards: Shards, dtype: np.dtype, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, shards: Shards, dtype: np.dtype,
+        ends: tuple[list[int], list[int]], shard_tokens: int,
+    ) -> None:  # fmt: skip
         self._folder, self._split, self._shards = folder, split, shards
-        self._dtype, self._limit = dtype, shard_tokens
+        self._dtype, self._ends, self._limit = dtype, ends, shard_tokens
         self._tokens: list[int] = []  # what is not yet in the files
         self._starts: list[int] = []
         self._files: tuple[BinaryIO, BinaryIO] | None = None
@@ -378,8 +389,8 @@ class _Writer:
         tokens, starts = self._paths(len(self._shards.sizes) - 1)
         self._files = (open(tokens, mode), open(starts, mode))  # noqa: SIM115  (closed in `close`)
 
-    def write(self, ids: list[int], begins: bool, size: int) -> None:
-        """Append a piece of a document: its ids, whether the document begins with it, bytes of its text."""
+    def write(self, ids: list[int], begins: bool, ends: bool, size: int) -> None:
+        """Append a piece of a document: its ids, whether it begins and ends the document, bytes of its text."""
         shards = self._shards
         if not shards.sizes or shards.sizes[-1][0] >= self._limit:
             self.close()
@@ -389,17 +400,18 @@ class _Writer:
         if begins or not shard[0]:
             self._starts.append(shard[0])
             shard[1] += 1
-        self._tokens += ids
-        shard[0] += len(ids)
+        before = len(self._tokens)
+        for part in (self._ends[0] * begins, ids, self._ends[1] * ends):
+            self._tokens += part
+        shard[0] += len(self._tokens) - before
         shards.documents += begins
         shards.bytes += size
 
     def flush(self) -> None:
         if self._files:
-            for file, values, dtype in zip(
-                self._files, (self._tokens, self._starts), (self._dtype, "<i8"), strict=True
-            ):
-                file.write(np.array(values, dtype).tobytes())
+            kinds = ((self._tokens, self._dtype), (self._starts, "<i8"))
+            for file, (values, dtype) in zip(self._files, kinds, strict=True):
+                file.write(np.fromiter(values, dtype, len(values)))  # five times as fast as np.array
                 file.flush()
                 values.clear()
 
@@ -429,14 +441,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def _load_tokenizer(source: str) -> Tokenizer:
     """A tokenizer from a folder or the hub."""
     from hymba.convert import resolve  # which imports PyTorch
 
     return Tokenizer.from_pretrained(resolve(source, ("tokenizer*.json", "special_tokens_map.json", "*.jinja")))
 
 
-def document_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _document_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What stands in front of a document's tokens and behind them: BOS, or EOS where there is no BOS, and EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:

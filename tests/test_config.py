@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba import Hymba, HymbaConfig, cost
-from hymba.config import MAX_LAYERS, MAX_SIZE, MLP_ACTIVATIONS, PRESETS, QK_NORMS, ROPE_TYPES, share_kv_in_pairs
+from hymba.config import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    MIXERS,
+    MLP_ACTIVATIONS,
+    PRESETS,
+    QK_NORMS,
+    ROPE_TYPES,
+    share_kv_in_pairs,
+)
 from hymba.convert import INTERPRETED, REQUIRED_VALUE, SAME_VALUE, config_from_official, config_to_official, load_config
 
 OFFICIAL = config_to_official(TINY, torch.float32)
@@ -20,6 +29,27 @@ OFFICIAL = config_to_official(TINY, torch.float32)
 @st.composite
 def configs(draw) -> HymbaConfig:
     """Any valid config of few layers; sizes may be large."""
+    config = draw(hymbas())
+    pattern = draw(st.lists(st.sampled_from(MIXERS), min_size=1, max_size=config.n_layers))
+    if "mamba2" in pattern:
+        pattern = [mixer for mixer in pattern if mixer in ("mamba2", "attention")]
+    changes = {"d_ssm_head": draw(st.integers(1, 3)) * 2, "mlp_activation": "silu", "d_ff": 0}
+    changes = {name: value for name, value in changes.items() if draw(st.booleans())}
+    if "mamba2" in pattern:
+        changes["d_ssm_head"] = config.d_inner // draw(st.sampled_from([1, 2]))
+    if "mlp_activation" not in changes:
+        changes.pop("d_ff", None)
+    if "hybrid" in pattern and draw(st.booleans()):
+        changes["fusion"] = "concat"
+    if not {"mamba", "mamba2"} >= set(pattern) and draw(st.booleans()):
+        mean = "hybrid" in pattern and "fusion" not in changes
+        changes["d_head"] = config.d_model // config.n_heads if mean else 2 * draw(st.integers(2, 80))
+    return config.with_mixers(*pattern, **changes)
+
+
+@st.composite
+def hymbas(draw) -> HymbaConfig:
+    """Any valid config of hybrid layers."""
 
     def some(low, high):
         return draw(st.integers(low, high))

@@ -18,6 +18,12 @@ RELEASED = HymbaConfig.preset("1.5B")
 RELEASED_PARAMETERS = 1_522_797_824
 
 
+MIXTURES = [
+    ("hybrid",), ("hybrid",), ("attention",), ("mamba",), ("mamba2",), ("mamba", "attention"), ("hybrid", "attention"),
+    ("mamba2", "mamba2", "attention"),
+]  # fmt: skip
+
+
 @st.composite
 def configs(draw) -> HymbaConfig:
     """Small architectures of every kind, with sizes that no two parts share by chance."""
@@ -28,7 +34,7 @@ def configs(draw) -> HymbaConfig:
     window = draw(st.none() | st.integers(1, 20))
     # pairs of local neighbours, as released, or groups that hold global layers too
     groups = share_kv_in_pairs(n_layers, draw(st.sampled_from([(), global_layers])))
-    return HymbaConfig(
+    config = HymbaConfig(
         vocab_size=draw(st.integers(3, 50)),
         d_model=n_heads * draw(st.sampled_from([4, 6])),
         n_layers=n_layers,
@@ -50,6 +56,15 @@ def configs(draw) -> HymbaConfig:
         qk_norm=draw(st.sampled_from(["none", "rms", "perhead-rms"])),
         tie_embeddings=draw(st.booleans()),
     )
+    mixers = draw(st.sampled_from(MIXTURES))[:n_layers]
+    changes = {"d_ssm_head": draw(st.sampled_from([2, 4]))} if "mamba2" in mixers else {}
+    if config.mlp_activation == "silu" and draw(st.booleans()):
+        changes["d_ff"] = 0
+    if "hybrid" in mixers and draw(st.booleans()):
+        changes |= {"fusion": "concat", "d_head": 8}
+    elif "attention" in mixers and "hybrid" not in mixers:
+        changes["d_head"] = 8
+    return config.with_mixers(*mixers, **changes)
 
 
 def storage_bytes(tensors) -> int:
@@ -58,7 +73,7 @@ def storage_bytes(tensors) -> int:
 
 
 def cached_tensors(cache) -> dict[str, list[torch.Tensor]]:
-    meta = [x for state in cache.meta for x in (state.conv, state.ssm)]
+    meta = [x for state in cache.meta for x in (state.conv, state.ssm) if x is not None]
     meta += [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
     kv = [*cache.k.values(), *cache.v.values()]
     return {"kv": kv, "conv": [cache.conv], "ssm": [cache.ssm], "meta": meta}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     TINY,
+    VARIANTS,
     WINDOW,
     assert_close,
     assert_same_gradients,
@@ -141,9 +142,10 @@ def test_the_padding_id_is_not_learned_from_the_input():
         assert (found[1][5] != 0).all()
 
 
+@pytest.mark.parametrize("name", ["tiny", "samba", "mamba2"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed and padded"])
-def test_recomputed_activations_change_nothing(packed):
-    model, ids = tiny_model(), random_ids(2, LENGTH)
+def test_recomputed_activations_change_nothing(packed, name):
+    model, ids = tiny_model(**VARIANTS[name]), random_ids(2, LENGTH)
     extra = {}
     if packed:
         mask = torch.ones_like(ids)
@@ -197,6 +199,14 @@ DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
 @pytest.mark.parametrize("extra", [{}, {"attention_mask": MASK, "document_ids": DOCUMENTS}], ids=["plain", "packed"])
 def test_compiles_without_graph_breaks(extra):
     assert_compiles("aot_eager", extra)
+
+
+@pytest.mark.parametrize("name", ["mamba2 and attention", "concat"])
+def test_other_architectures_compile(name):
+    changes = {"n_layers": 2, "mixers": ("mamba2", "attention")} if "mamba2" in name else {}
+    sizes = {"global_layers": (), "kv_groups": (), "n_layers": 2, "n_meta": 2, "window": 3}
+    extra = {"attention_mask": MASK, "document_ids": DOCUMENTS}
+    assert_compiles("aot_eager", extra, **VARIANTS[name] | sizes | changes)
 
 
 @pytest.mark.slow

@@ -212,58 +212,59 @@ def ssd_inputs(B, T, S, P, N, shared=True, documents=False, padded=False):
             randn(B, T, S, P), state, starts, lengths]  # fmt: skip
 
 
-@pytest.fixture(params=[(64, 1024), (8, 32)], ids=["chunks of 64", "several segments"])
-def chunks(request, monkeypatch):
-    for name, size in zip(("SSD_CHUNK", "SSD_SEGMENT"), request.param, strict=True):
-        monkeypatch.setattr(chunked, name, size)
+SSD_SIZES = [(1, 1, 2, 8, 16), (2, 63, 3, 5, 7), (1, 64, 1, 4, 4), (2, 65, 2, 3, 1), (1, 200, 2, 4, 8)]
+SSD_KINDS = [(True, False), (False, True), (True, True)]
 
 
-@pytest.mark.parametrize(
-    ("B", "T", "S", "P", "N"),
-    [(1, 1, 2, 8, 16), (2, 63, 3, 5, 7), (1, 64, 1, 4, 4), (2, 65, 2, 3, 1), (1, 200, 2, 4, 8)],
-)
-def test_ssd(chunks, B, T, S, P, N):
-    assert_as_reference(chunked, ROUNDED, "ssd", ssd_inputs, B, T, S, P, N, T % 2 == 0)
+@pytest.mark.parametrize(("B", "T", "S", "P", "N"), SSD_SIZES)
+def test_ssd(backend, B, T, S, P, N):
+    assert_as_reference(backend, ROUNDED_INSIDE, "ssd", ssd_inputs, B, T, S, P, N, T % 2 == 0)
 
 
 @pytest.mark.parametrize("T", [1, 40, 100])
-@pytest.mark.parametrize(("documents", "padded"), [(True, False), (False, True), (True, True)])
-def test_ssd_of_documents_and_padding(chunks, T, documents, padded):
-    assert_as_reference(chunked, ROUNDED, "ssd", ssd_inputs, 3, T, 3, 4, 8, False, documents, padded)
+@pytest.mark.parametrize(("documents", "padded"), SSD_KINDS)
+def test_ssd_of_documents_and_padding(backend, T, documents, padded):
+    assert_as_reference(backend, ROUNDED_INSIDE, "ssd", ssd_inputs, 3, T, 3, 4, 8, False, documents, padded)
+
+
+@pytest.mark.parametrize(("documents", "padded"), SSD_KINDS)
+def test_ssd_in_segments(documents, padded, monkeypatch):
+    monkeypatch.setattr(chunked, "SSD_CHUNK", 8)
+    monkeypatch.setattr(chunked, "SSD_SEGMENT", 32)
+    assert_as_reference(chunked, ROUNDED, "ssd", ssd_inputs, 3, 100, 3, 4, 8, False, documents, padded)
 
 
 @pytest.mark.parametrize("dt", [-1e4, -80.0, -20.0, 20.0, 80.0, 1e4])
 @pytest.mark.parametrize("A", [0.0, -1e-6, -1.0, -1e6])
-def test_ssd_at_extremes(dt, A):
+def test_ssd_at_extremes(backend, dt, A):
     torch.manual_seed(0)
     inputs = ssd_inputs(1, 40, 2, 5, 4)
     inputs[1], inputs[3] = torch.full_like(inputs[1], dt), torch.full_like(inputs[3], A)
-    results = zip(run(chunked.ssd, inputs), run(reference.ssd, inputs), strict=True)
+    results = zip(run(backend.ssd, inputs), run(reference.ssd, inputs), strict=True)
     for i, (a, b) in enumerate(results):
         assert_near(a, b, FP32, f"tensor {i}")
 
 
-def test_ssd_remembers_exactly_after_it_forgot():
+def test_ssd_remembers_exactly_after_it_forgot(backend):
     """A step that forgets all, then steps that forget little: sums over the chunk would be too large to be exact."""
     torch.manual_seed(0)
     inputs = ssd_inputs(1, 60, 2, 5, 4)
     inputs[1], inputs[3] = torch.full_like(inputs[1], -6.0), torch.full_like(inputs[3], -1.0)
     inputs[1][:, 5] = 1e5
-    for a, b in zip(run(chunked.ssd, inputs), run(reference.ssd, inputs), strict=True):
+    for a, b in zip(run(backend.ssd, inputs), run(reference.ssd, inputs), strict=True):
         assert_near(a, b, FP32, "tensor")
 
 
-def test_ssd_is_a_selective_scan_whose_channels_share_their_decay(backend):
-    """The state space duality paper, section 2: A is one number for all channels and states of a head."""
+def test_ssd_is_a_selective_scan_whose_channels_share_their_decay():
     torch.manual_seed(0)
     B, T, S, P, N = 3, 70, 3, 4, 8
     x, dt, dt_bias, A, Bt, Ct, D, gate, state, starts, lengths = ssd_inputs(B, T, S, P, N, False, True, True)
     channels = lambda x: x.repeat_interleave(P, dim=-1)  # noqa: E731
-    y, last = backend.selective_scan(
+    y, last = reference.selective_scan(
         x.flatten(2), channels(dt), channels(dt_bias), channels(A)[:, None].expand(-1, N), Bt, Ct, channels(D),
         gate.flatten(2), state.flatten(1, 2), starts, lengths,
     )  # fmt: skip
-    mine = backend.ssd(x, dt, dt_bias, A, Bt, Ct, D, gate, state, starts, lengths)
+    mine = reference.ssd(x, dt, dt_bias, A, Bt, Ct, D, gate, state, starts, lengths)
     assert_near(mine[0].flatten(2), y, FP32, "y")
     assert_near(mine[1].flatten(1, 2), last, FP32, "last state")
 

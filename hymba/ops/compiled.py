@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hymba.ops import native
-from hymba.ops.chunked import ssd  # noqa: F401
 from hymba.visibility import KeyValue
 
 
@@ -65,6 +64,10 @@ _scan_forward.register_autograd(_scan_grad, setup_context=_scan_setup)
 def selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None) -> tuple[Tensor, Tensor]:
     keep = native.needs_grad(u, dt, dt_bias, A, B, C, D, gate, state)
     return _scan_forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep)[:2]
+
+
+def ssd(*inputs) -> tuple[Tensor, Tensor]:
+    return native.ssd(*inputs, scan=selective_scan)
 
 
 # ---- causal convolution

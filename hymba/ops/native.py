@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
 from hymba.visibility import KeyValue
 
@@ -127,6 +126,19 @@ def selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths
     if needs_grad(*inputs[:9]):
         return _Scan.apply(*inputs)
     return scan_forward(*inputs, False)[:2]
+
+
+def ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None, scan=selective_scan):
+    """As a selective scan whose channels share their decay: on two cores faster than the products of `chunked.ssd`, at
+    states of 128 too (docs/log.md)."""
+    P, N = x.shape[3], B.shape[2]
+    channels = lambda x: x.repeat_interleave(P, dim=-1)  # noqa: E731
+    dt_bias, A, D = dt_bias.float(), A.float(), D.float()  # so that gradients are summed before they are rounded
+    y, last = scan(
+        x.flatten(2), channels(dt), channels(dt_bias), channels(A)[:, None].expand(-1, N), B, C, channels(D),
+        gate.flatten(2), state.flatten(1, 2), starts, lengths,
+    )  # fmt: skip
+    return y.view(x.shape), last.view(-1, *state.shape[1:])
 
 
 # ---- causal convolution

@@ -7,14 +7,17 @@ Every backend is a module with the functions of `reference.py`, which is the def
     torch       plain PyTorch without long Python loops, for every device and type
     reference   the definition
 
-`backend()` makes the choice. `use_backend`, or the environment variable HYMBA_BACKEND, forces one.
+`backend()` makes the choice. `use_backend`, or the environment variable HYMBA_BACKEND, forces one. `observe` reports
+every call, for those who want to see what happens inside a model.
 """
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +35,36 @@ if torch.cuda.is_available() and find_spec("triton"):
 
     BACKENDS = {"gpu": gpu, **BACKENDS}
 
+# called with an operation's name, its arguments by name, and what it returned
+Listener = Callable[[str, dict[str, Any], Any], None]
+
 _forced: str | None = os.environ.get("HYMBA_BACKEND") or None
+_listener: Listener | None = None
+
+
+class _Observed:
+    """A backend that reports its calls."""
+
+    def __init__(self, module: ModuleType, listener: Listener):
+        self._module, self._listener = module, listener
+
+    def __getattr__(self, name: str) -> Callable:
+        def call(*arguments):
+            output = getattr(self._module, name)(*arguments)
+            named = inspect.signature(getattr(reference, name)).bind(*arguments).arguments
+            self._listener(name, named, output)
+            return output
+
+        return call
 
 
 def backend(x: Tensor) -> ModuleType:
     """The module that computes operations on tensors like `x`. Raises `UserError` if HYMBA_BACKEND names none."""
+    module = _choose(x)
+    return module if _listener is None else _Observed(module, _listener)
+
+
+def _choose(x: Tensor) -> ModuleType:
     module = chunked
     if _forced is not None:
         module = _backend(_forced)
@@ -79,6 +107,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def observe(listener: Listener) -> Iterator[None]:
+    """Report every operation: `with ops.observe(listener):`. For eager code; the innermost listener hears."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def rms_norm(x, weight, eps):

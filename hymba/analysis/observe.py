@@ -1,0 +1,41 @@
+"""Hear every operation of every layer while a model reads a text: one forward pass, no change to what it computes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from hymba import ops
+from hymba.model.hymba import Hymba
+from hymba.model.layout import Layout
+
+# called with the layer, the operation's name, its arguments by name (see `hymba.ops`), and what it returned
+LayerListener = Callable[[int, str, dict[str, Any], Any], None]
+
+
+@contextmanager
+def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
+    """Report the operations of all blocks on text; those on the meta tokens, which are read first, are left out."""
+    current: int | None = None
+
+    def enter(layer: int) -> Callable[[nn.Module, tuple], None]:
+        def hook(block: nn.Module, arguments: tuple) -> None:
+            nonlocal current
+            layout = next(x for x in arguments if isinstance(x, Layout))
+            current = layer if int(layout.positions[0, 0]) >= model.config.n_meta else None
+
+        return hook
+
+    def hear(name: str, arguments: dict[str, Any], output: Any) -> None:
+        if current is not None:
+            for listener in listeners:
+                listener(current, name, arguments, output)
+
+    hooks = [block.register_forward_pre_hook(enter(layer)) for layer, block in enumerate(model.blocks)]
+    try:
+        with ops.observe(hear):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

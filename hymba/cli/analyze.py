@@ -1,0 +1,83 @@
+"""`hymba analyze`"""
+
+import json
+from pathlib import Path
+
+import click
+
+from hymba.analysis import ANALYSES
+from hymba.cli.generate import read_prompts
+from hymba.cli.terminal import job, waiting
+from hymba.errors import UserError
+
+
+@click.command(
+    epilog="\b\nExamples:\n  hymba analyze checkpoint\n"
+    "  hymba analyze hybrid llama --names Hymba,Llama --text book.txt --out compared\n"
+    "  hymba analyze checkpoint --only importance --json"
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--names", metavar="A,B", help="What to call the models, in their order.  [default: their folders' names]"
+)
+@click.option("--only", multiple=True, type=click.Choice(ANALYSES), help="May be repeated.  [default: all]")
+@click.option("--text", metavar="FILE", help="What the models read; - is stdin.  [default: Austen's prose]")
+@click.option("--rows", default=4, show_default=True, type=click.IntRange(1), help="Pieces of the text to read.")
+@click.option("--length", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a piece.")
+@click.option("--out", default="analysis", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: the GPU if any.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as one JSON object, and write no folder.")
+def analyze(
+    models: tuple[str, ...], names: str | None, only: tuple[str, ...], text: str | None, rows: int, length: int,
+    out: Path, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Look inside one or more MODELs (checkpoint folders or hub ids), side by side.
+
+    \b
+    attention        what the heads look at: meta tokens, BOS, itself, other tokens; entropy
+    meta             which meta tokens prose, numbers and code attend to
+    importance       what the loss becomes without the attention or the Mamba heads of a layer
+    receptive-field  how far back a token influences the last hidden state
+    magnitudes       outputs and learned gates of the two branches
+    memory           how long each SSM channel remembers
+
+    Writes a folder: README.md, figures as PNG and SVG, and analysis.json with all numbers. Computes in float32.
+    """
+    labels = _labels(models, names)
+    if not as_json:
+        from hymba.analysis.report import require_matplotlib, write
+
+        require_matplotlib()
+    read = None if text is None else read_prompts((text,), lines=False)[0]
+    only = only or ANALYSES
+    with waiting("loading"):
+        import torch
+
+        from hymba.analysis.run import analyze, passes
+        from hymba.convert import load_model, resolve
+        from hymba.tokenizer import Tokenizer
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for label, model in zip(labels, models, strict=True):
+        folder = resolve(model)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        loaded = load_model(folder, device=device, dtype=torch.float32)
+        with job(f"analyzing {label}", passes(loaded, only, rows), "passes") as bar:
+            found[label] = analyze(loaded, tokenizer, read, only=only, rows=rows, length=length, advance=bar.advance)
+        del loaded  # gone before the next one comes
+    if as_json:
+        print(json.dumps(found))
+    else:
+        write(found, out)
+        print(f"{out}: README.md shows the figures, analysis.json has the numbers")
+
+
+def _labels(models: tuple[str, ...], names: str | None) -> list[str]:
+    labels = [Path(model).name or model for model in models] if names is None else names.split(",")
+    if len(labels) != len(models):
+        raise UserError(f"--names has {len(labels)} names for {len(models)} models; separate them by commas")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"models have the same name ({', '.join(labels)}); give different ones with --names")
+    return labels

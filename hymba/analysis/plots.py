@@ -8,18 +8,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 Numbers = dict[str, Any]
 Models = dict[str, Numbers]
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
-BLACK, GREY, PALE, BAND = "#000000", "#555555", "#C4C4C4", "#EEEEEE"
+BLACK, GREY, PALE = "#000000", "#555555", "#CCCCCC"
 CATEGORIES = {
     "meta": ("meta tokens", BLUE),
     "bos": ("BOS", ORANGE),
@@ -30,9 +32,12 @@ BRANCHES = {"attention": ("attention heads", BLUE), "mamba": ("Mamba heads", RED
 KINDS = {"prose": BLUE, "numbers": ORANGE, "code": GREEN}
 MODEL_COLORS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)
 COLUMNS = 3  # panels side by side
+TITLE_PAD = 11  # points; the marks of layers with full attention stand below a title
+PLAIN = FuncFormatter(lambda x, _: f"{x:g}")  # 0.01, not a power of ten
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
+    "figure.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
@@ -49,7 +54,9 @@ def attention_mass(models: Models) -> Figure:
         mass = {name: np.mean(heads, axis=1) for name, heads in numbers["attention"]["mass"].items()}
         _stack(axes, numbers["attention"]["layers"], mass)
         _stack(overall, [i], {name: [layers.mean()] for name, layers in mass.items()})
-    overall.set(title="mean of the layers", ylabel="attention mass", ylim=(0, 1), xlim=(-1, len(models)))
+    overall.set(ylim=(0, 1), xlim=(-1, len(models)))
+    overall.set_title("mean of the layers", pad=TITLE_PAD)
+    figure.supylabel("attention mass")
     overall.set_xticks(range(len(models)), models, rotation=30, ha="right", rotation_mode="anchor")
     _legend(figure, (Patch(color=color, label=label) for label, color in CATEGORIES.values()), models)
     return figure
@@ -58,12 +65,14 @@ def attention_mass(models: Models) -> Figure:
 def attention_heads(models: Models) -> Figure:
     """A row a model, a column a category; every cell is a head of a layer."""
     figure, grid = _grid(models, [1, 1, 1, 1], 2.1)
-    for row, (name, numbers) in zip(grid, models.items(), strict=True):
+    for i, (row, (name, numbers)) in enumerate(zip(grid, models.items(), strict=True)):
+        first, last = i == 0, i == len(models) - 1
         mass, layers = numbers["attention"]["mass"], numbers["attention"]["layers"]
         for axes, (category, (label, _)) in zip(row, CATEGORIES.items(), strict=True):
-            image = _heat(axes, mass[category], layers, 1)
-            axes.set(title=label, xlabel="head")
-        row[0].set_ylabel(f"{name}\nlayer")
+            # the square root shows small shares
+            image = _heat(axes, mass[category], layers, PowerNorm(0.5, 0, 1))
+            axes.set(title=label if first else "", xlabel="head" if last else "")
+        row[0].set_ylabel(f"{name}\nlayer" if len(models) > 1 else "layer")
     figure.colorbar(image, ax=grid, label="attention mass", aspect=15 * len(models), fraction=0.04)
     return figure
 
@@ -76,7 +85,7 @@ def attention_entropy(models: Models) -> Figure:
         axes.plot(layers, numbers["attention"]["uniform_entropy"], "--", color=GREY, lw=1.2)
         axes.plot(layers, heads, "o", color=SKY, ms=4, alpha=0.8, mec="none")
         axes.plot(layers, heads.mean(axis=1), "-o", color=BLUE, ms=3, lw=1.6)
-    panels[0].set(ylabel="entropy, nats")
+    figure.supylabel("entropy, nats")
     panels[0].set_ylim(bottom=0)
     handles = (
         Line2D([], [], color=BLUE, marker="o", ms=3, label="mean of the heads"),
@@ -95,9 +104,10 @@ def meta_tokens(models: Models) -> Figure:
         top = max(share.max() for share in shares.values())
         for axes, (kind, share) in zip(row[1:], shares.items(), strict=True):
             row[0].plot(share.mean(axis=0), "-o", color=KINDS[kind], ms=120 / (40 + share.shape[1]), lw=1.2, label=kind)
-            image = _heat(axes, share, numbers["meta"]["layers"], top)
+            image = _heat(axes, share, numbers["meta"]["layers"], Normalize(0, top))
             axes.set(title=kind, xlabel="meta token")
-        row[0].set(title=name, xlabel="meta token", ylabel="attention, % (mean of the layers)")
+        row[0].set(title=f"{name}: mean of the layers", xlabel="meta token", ylabel="attention, %")
+        row[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         row[0].set_ylim(bottom=0)
         row[0].legend()
         row[1].set_ylabel("layer")
@@ -107,7 +117,9 @@ def meta_tokens(models: Models) -> Figure:
 
 def importance(models: Models) -> Figure:
     """A pair of bars a layer: how many bits per byte the text costs more without the heads of this kind."""
-    figure, panels = _panels(models, titles=[f"{name}: {n['bits_per_byte']:.2f}" for name, n in models.items()])
+    figure, panels = _panels(
+        models, titles=[f"{name}: {n['bits_per_byte']:.2f} bits per byte" for name, n in models.items()]
+    )
     for axes, numbers in zip(panels, models.values(), strict=True):
         parts = numbers["importance"]
         both = set.intersection(*(set(part["layers"]) for part in parts.values())) if len(parts) > 1 else ()
@@ -119,7 +131,8 @@ def importance(models: Models) -> Figure:
     changes = np.abs([c for n in models.values() for part in n["importance"].values() for c in part["change"]])
     if changes.max() > 20 * np.median(changes) > 0:  # one layer would hide all others
         panels[0].set_yscale("symlog", linthresh=np.median(changes))
-    panels[0].set_ylabel("bits per byte more without them")
+        panels[0].yaxis.set_major_formatter(PLAIN)
+    figure.supylabel("bits per byte more without them")
     _legend(figure, _branch_handles(models, "importance"), models)
     return figure
 
@@ -136,14 +149,13 @@ def receptive_field(models: Models) -> Figure:
         for axes in right:
             cache = numbers["cache_bytes"] / 1e6
             axes.plot(cache, field["effective"], "o", color=color, ms=8)
-            axes.annotate(name, (cache, field["effective"]), (0, 8), textcoords="offset points", ha="center")
     left.axhline(0.9, color=GREY, lw=0.8, ls=":")
     left.set(xscale="log", ylim=(0, 1.03), xlabel="among the last n tokens", ylabel="share of all influence")
-    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    left.legend(loc="lower right")
+    left.xaxis.set_major_formatter(PLAIN)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(models), 4))
     for axes in right:
         axes.set(xlabel="cache of a row, MB", ylabel="receptive field (90%), tokens")
-        axes.margins(x=0.25, y=0.2)
+        axes.margins(0.2)
         axes.set_ylim(bottom=0)
     return figure
 
@@ -154,7 +166,8 @@ def outputs(models: Models) -> Figure:
     for axes, numbers in zip(panels, models.values(), strict=True):
         for branch, part in numbers["magnitudes"].items():
             axes.plot(part["layers"], part["output"], "-o", color=BRANCHES[branch][1], ms=4)
-    panels[0].set(yscale="log", ylabel="output before the norm, RMS")
+    _log_axis(panels[0])
+    figure.supylabel("output before the norm, RMS")
     _legend(figure, _branch_handles(models, "magnitudes"), models)
     return figure
 
@@ -170,7 +183,7 @@ def gates(models: Models) -> Figure:
             axes.plot(gate["layers"], gate["mean"], "-o", color=color, ms=4)
             low, high = gate["quantiles"]["0.05"], gate["quantiles"]["0.95"]
             axes.fill_between(gate["layers"], low, high, color=color, alpha=0.15, lw=0)
-    panels[0].set(ylabel="gate, mean and 5% to 95%")
+    figure.supylabel("gate, mean and 5% to 95%")
     panels[0].set_ylim(bottom=0)
     _legend(figure, _branch_handles(models, "magnitudes"), models)
     return figure
@@ -186,7 +199,8 @@ def memory(models: Models) -> Figure:
         axes.bar(layers, q["0.75"] - q["0.25"], 0.55, q["0.25"], color="#EFA77A", zorder=2)
         axes.hlines(q["0.5"], layers - 0.275, layers + 0.275, color=BLACK, lw=1.6, zorder=3)
         axes.axhline(numbers["text"]["length"], color=GREY, lw=0.9, ls=":")
-    panels[0].set(yscale="log", ylabel="memory, tokens")
+    _log_axis(panels[0])
+    figure.supylabel("memory, tokens")
     handles = (
         Line2D([], [], color=BLACK, lw=1.6, label="median channel"),
         Patch(color="#EFA77A", label="middle half"),
@@ -200,19 +214,23 @@ def memory(models: Models) -> Figure:
 def _panels(models: Models, extra: int = 0, titles: Iterable[str] | None = None) -> tuple[Figure, list[Axes]]:
     """A panel a model with a layer axis and a common y axis, `extra` panels before them."""
     count = len(models) + extra
-    columns = min(count, COLUMNS)
+    columns = 2 if count == 4 else min(count, COLUMNS)
     rows = -(-count // columns)
     deep = max(numbers["config"]["n_layers"] for numbers in models.values())
     width = min(2.2 + 0.12 * deep, 4.2) if count > 1 else 5.2
     figure = Figure(figsize=(columns * width, 2.5 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    narrow = [0.5] * (extra if rows == 1 else 0)
+    ratios = narrow + [1] * (columns - len(narrow))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False, width_ratios=ratios).flatten().tolist()
     for axes in panels[count:]:
         axes.remove()
     for axes, title, numbers in zip(panels[extra:], titles or models, models.values(), strict=False):
-        axes.set(title=title, xlabel="layer", xlim=(-0.7, numbers["config"]["n_layers"] - 0.3))
+        axes.set(xlabel="layer", xlim=(-0.7, numbers["config"]["n_layers"] - 0.3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-        for layer in numbers["global_layers"]:
-            axes.axvspan(layer - 0.5, layer + 0.5, color=BAND, zorder=0, lw=0)
+        axes.set_title(title, pad=TITLE_PAD)
+        above = [1.03] * len(numbers["global_layers"])
+        place = axes.get_xaxis_transform()
+        axes.plot(numbers["global_layers"], above, "v", color=GREY, ms=4.5, clip_on=False, transform=place)
     return figure, panels[:count]
 
 
@@ -224,6 +242,13 @@ def _grid(models: Models, widths: list[float], width: float) -> tuple[Figure, np
     return figure, grid
 
 
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _stack(axes: Axes, places: list[int], mass: dict[str, Any]) -> None:
     bottom = np.zeros(len(places))
     for name, values in mass.items():
@@ -231,9 +256,9 @@ def _stack(axes: Axes, places: list[int], mass: dict[str, Any]) -> None:
         bottom = bottom + values
 
 
-def _heat(axes: Axes, values: Any, layers: list[int], top: float) -> AxesImage:
+def _heat(axes: Axes, values: Any, layers: list[int], norm: Normalize) -> AxesImage:
     """(L, n): layers go down."""
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
+    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
     step = -(-len(layers) // 12)
     axes.set_yticks(range(0, len(layers), step), layers[::step])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -245,8 +270,9 @@ def _branch_handles(models: Models, analysis: str) -> list[Patch]:
     return [Patch(color=color, label=label) for name, (label, color) in BRANCHES.items() if name in shown]
 
 
-def _legend(figure: Figure, handles: Iterable, models: Models) -> None:
+def _legend(figure: Figure, handles: Iterable[Artist], models: Models) -> None:
     handles = list(handles)
     if any(numbers["global_layers"] for numbers in models.values()):
-        handles.append(Patch(color=BAND, label="layer with full attention"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(models) < 2 else 5)
+        handles.append(Line2D([], [], color=GREY, marker="v", ls="", ms=4.5, label="layer with full attention"))
+    columns = int(figure.get_figwidth() / 1.9)  # inches that an entry needs
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from hymba import ops
@@ -27,6 +28,7 @@ def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
 
         return hook
 
+    @torch.no_grad()
     def hear(name: str, arguments: dict[str, Any], output: Any) -> None:
         if current is not None:
             for listener in listeners:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_close, each_variant, random_ids, tiny_model
+from conftest import OTHER_ARCHITECTURES, TINY, assert_close, each_variant, random_ids, tiny_model
 from torch import Tensor
 
 from hymba import Hymba, Tokenizer
@@ -137,9 +137,13 @@ def test_probabilities_are_those_of_the_model(changes):
         assert_close(torch.cat(parts)[None], output)
 
     read(model, ids, compare)
-    assert heard == list(range(TINY.n_layers)), "text is heard once a layer, the meta tokens never"
+    attending = [plan.index for plan in model.config.layers if plan.attends]
+    assert heard == attending, "text is heard once a layer, the meta tokens never"
     meter = read(model, ids, AttentionMeter())
-    assert_close(meter.mass().sum(-1), torch.ones(TINY.n_layers, TINY.n_heads).double(), 1e-6)
+    assert meter.layers == attending
+    if not attending:
+        return
+    assert_close(meter.mass().sum(-1), torch.ones(len(attending), model.config.n_heads).double(), 1e-6)
     assert_close(meter.meta_tokens().sum(-1), meter.mass()[..., 0]) if model.config.n_meta else None
     assert (meter.entropy() <= meter.uniform_entropy()[:, None] + 1e-6).all()
 
@@ -252,6 +256,32 @@ def test_parts_of_the_influence():
     assert reach(share) == 3
 
 
+def test_memory_of_a_mamba2_head():
+    model = tiny_model(**OTHER_ARCHITECTURES["mamba2"])
+    step, memory = 0.5, 40.0
+    with torch.no_grad():
+        for block in model.blocks:
+            c = model.config
+            block.heads.in_proj.weight[-c.n_ssm_heads :] = 0  # dt is its bias
+            block.heads.mamba.dt_bias.fill_(math.log(math.expm1(step)))
+            block.heads.mamba.A_log.fill_(math.log(1 / (step * memory)))
+    for found in read(model, random_ids(2, 20), MemoryMeter()).lengths().values():
+        assert_close(found, torch.full((model.config.n_ssm_heads, 1), memory).double())
+
+
+def test_removal_of_all_that_a_layer_does():
+    """Where there is one branch only, removing it leaves the residual stream as it was."""
+    model, ids = tiny_model(**OTHER_ARCHITECTURES["samba"]), random_ids(1, 30)
+    for layer, name in enumerate(("mamba", "attention")):
+        with without(model, layer, name):
+            removed = model(ids)
+        kept = model.blocks[layer].heads.out_proj.weight.detach().clone()
+        with torch.no_grad():
+            model.blocks[layer].heads.out_proj.weight.zero_()
+            assert_close(removed, model(ids), 1e-6)
+            model.blocks[layer].heads.out_proj.weight.copy_(kept)
+
+
 def test_memory_of_known_length():
     model = tiny_model()
     step, memory = 0.125, torch.tensor([1.0, 5, 20, 1000])
@@ -287,6 +317,25 @@ def test_all_analyses_of_a_checkpoint(checkpoint: Path):
     assert found["text"]["length"] == 48 and found["text"]["rows"] == 2
     again = analyze(model, tokenizer, rows=2, length=48)
     assert found == again, "the same numbers every time"
+
+
+@pytest.mark.parametrize("changes", OTHER_ARCHITECTURES.values(), ids=OTHER_ARCHITECTURES)
+def test_models_that_lack_a_branch(changes, checkpoint: Path):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, **changes)
+    done = []
+    found = analyze(model, tokenizer, rows=1, length=24, advance=lambda: done.append(1))
+    assert len(done) == passes(model, ANALYSES, 1)
+    attend = [plan.index for plan in model.config.layers if plan.attends]
+    recur = [plan.index for plan in model.config.layers if plan.recurs]
+    assert ("attention" in found) == bool(attend) and ("memory" in found) == bool(recur)
+    assert ("meta" in found) == bool(attend and model.config.n_meta)
+    for name, layers in (("attention", attend), ("mamba", recur)):
+        assert found["importance"].get(name, {"layers": []})["layers"] == layers
+        assert found["magnitudes"].get(name, {"layers": []})["layers"] == layers
+    for name, part in found["magnitudes"].items():
+        hybrid = [plan.index for plan in model.config.layers if plan.mixer == "hybrid"]
+        assert part.get("gate", {"layers": []})["layers"] == hybrid, name
 
 
 def test_only_what_is_asked_for(checkpoint: Path):

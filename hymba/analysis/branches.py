@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hymba.model.attention import Attention
 from hymba.model.hymba import Hymba
-from hymba.model.mamba import Mamba
 
 BRANCHES = ("attention", "mamba")
-BRANCH_MODULES = {"attention": (Attention,), "mamba": (Mamba,)}
-BRANCH_OPERATIONS = {"attention": "attention", "selective_scan": "mamba"}
+OPERATIONS = {"attention": "attention", "selective_scan": "mamba", "ssd": "mamba"}
 
 
-def branch(model: Hymba, layer: int, name: str) -> nn.Module | None:
-    """The attention or the Mamba heads of a layer, None where it has none."""
-    return next((x for x in model.blocks[layer].modules() if isinstance(x, BRANCH_MODULES[name])), None)
+def has_branch(model: Hymba, layer: int, name: str) -> bool:
+    """Whether a layer has attention heads, or Mamba heads."""
+    plan = model.config.layers[layer]
+    return plan.attends if name == "attention" else plan.recurs
 
 
 class OutputMeter:
@@ -29,12 +27,12 @@ class OutputMeter:
         self._sums: dict[tuple[str, int], tuple[float, int]] = {}
 
     def __call__(self, layer: int, name: str, arguments: dict[str, Any], output: Any) -> None:
-        if name not in BRANCH_OPERATIONS:
+        if name not in OPERATIONS:
             return
-        y = output if isinstance(output, Tensor) else output[0]  # (B, T, E); a scan returns its state as well
-        sizes = y.double().square().mean(-1).sqrt()
-        total, count = self._sums.get((BRANCH_OPERATIONS[name], layer), (0.0, 0))
-        self._sums[BRANCH_OPERATIONS[name], layer] = (total + float(sizes.sum()), count + sizes.numel())
+        y = output if isinstance(output, Tensor) else output[0]  # a scan returns its state as well
+        sizes = y.flatten(2).double().square().mean(-1).sqrt()
+        total, count = self._sums.get((OPERATIONS[name], layer), (0.0, 0))
+        self._sums[OPERATIONS[name], layer] = (total + float(sizes.sum()), count + sizes.numel())
 
     def outputs(self, name: str) -> dict[int, float]:
         """Layer -> magnitude, for the layers that have this branch."""
@@ -64,7 +62,7 @@ def without(model: Hymba, layer: int, name: str) -> Iterator[None]:
             return torch.zeros_like(output)
         return (torch.zeros_like(output[0]), *output[1:])  # states pass
 
-    hook = branch(model, layer, name).register_forward_hook(silence)
+    hook = getattr(model.blocks[layer].heads, name).register_forward_hook(silence)
     try:
         yield
     finally:

@@ -72,15 +72,15 @@ class MemoryMeter:
         self._rates: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, name: str, arguments: dict[str, Any], output: Any) -> None:
-        if name != "selective_scan":
+        if name not in ("selective_scan", "ssd"):
             return
         delta = F.softplus(arguments["dt"].float() + arguments["dt_bias"].float()).double()  # (B, T, E)
         total, count = self._steps.get(layer, (0, 0))
         self._steps[layer] = (total + delta.sum((0, 1)), count + delta.shape[0] * delta.shape[1])
-        self._rates[layer] = -arguments["A"].double()  # (E, N)
+        self._rates[layer] = -arguments["A"].double().reshape(delta.shape[2], -1)  # (E, N); Mamba-2: (S, 1)
 
     def lengths(self) -> dict[int, Tensor]:
-        """Layer -> (E, N) tokens until a state has decayed to 1/e."""
+        """Layer -> (E, N) tokens until a state has decayed to 1/e; in Mamba-2 (S, 1), a head's states decay alike."""
         return {
             layer: 1 / (total[:, None] / count * self._rates[layer]).clamp(min=1e-12)
             for layer, (total, count) in sorted(self._steps.items())

@@ -11,7 +11,7 @@ from torch import Tensor
 from hymba import cost
 from hymba.analysis import ANALYSES, texts
 from hymba.analysis.attention import CATEGORIES, AttentionMeter
-from hymba.analysis.branches import BRANCHES, OutputMeter, bits, branch, gates, without
+from hymba.analysis.branches import BRANCHES, OutputMeter, bits, gates, has_branch, without
 from hymba.analysis.memory import MemoryMeter, influence, reach, receptive_field
 from hymba.analysis.observe import LayerListener, observe
 from hymba.errors import UserError
@@ -57,7 +57,7 @@ def analyze(
     model.eval()
     try:
         found |= _read(model, ids, only, found["text"]["bytes"], advance)
-        if "meta" in only and c.n_meta:
+        if "meta" in only and _attends_to_meta_tokens(model):
             kinds = {kind: _encode(model, tokenizer, make(), 1, length) for kind, make in texts.KINDS.items()}
             found["meta"] = _meta_tokens(model, kinds, advance)
         if "importance" in only:
@@ -66,16 +66,19 @@ def analyze(
             found["receptive-field"] = _receptive_field(model, ids, advance)
     finally:
         model.train(training)
-    return {key: value for key, value in found.items() if value is not None}
+    return found
 
 
 def passes(model: Hymba, only: Collection[str], rows: int) -> int:
     """How often `analyze` calls `advance`, if the text fills `rows` rows."""
-    c = model.config
     count = rows * bool({"attention", "magnitudes", "memory", "importance"} & set(only))
-    count += len(texts.KINDS) * ("meta" in only and c.n_meta > 0)
+    count += len(texts.KINDS) * ("meta" in only and _attends_to_meta_tokens(model))
     count += rows * len(_removals(model)) * ("importance" in only)
     return count + rows * PROBES * ("receptive-field" in only)
+
+
+def _attends_to_meta_tokens(model: Hymba) -> bool:
+    return model.config.n_meta > 0 and any(plan.attends for plan in model.config.layers)
 
 
 def _encode(model: Hymba, tokenizer: Tokenizer, text: str, rows: int, length: int) -> Tensor:
@@ -85,9 +88,9 @@ def _encode(model: Hymba, tokenizer: Tokenizer, text: str, rows: int, length: in
 
 def _global_layers(model: Hymba) -> list[int]:
     """Layers with full attention, in a model that has a window elsewhere."""
-    windows = {plan.index: plan.window for plan in model.config.layers if branch(model, plan.index, "attention")}
-    full = [layer for layer, window in windows.items() if window is None]
-    return full if len(full) < len(windows) else []
+    plans = [plan for plan in model.config.layers if plan.attends]
+    full = [plan.index for plan in plans if plan.window is None]
+    return full if len(full) < len(plans) else []
 
 
 def _cache_bytes(model: Hymba, length: int) -> int:
@@ -115,11 +118,11 @@ def _read(model: Hymba, ids: Tensor, only: Collection[str], size: int, advance: 
     if "magnitudes" in only:
         found["magnitudes"] = {name: _magnitudes(model, outputs, name) for name in BRANCHES if outputs.outputs(name)}
     if lengths := memory.lengths():
-        channels = torch.stack([length.max(dim=1).values for length in lengths.values()])  # (L, E)
+        channels = [length.max(dim=1).values for length in lengths.values()]  # the slowest state; (E,) or (S,) a layer
         found["memory"] = {
             "layers": list(lengths),
-            "channels": _plain(channels, digits=4),
-            "quantiles": {str(q): _plain(channels.quantile(q, dim=1)) for q in QUANTILES},
+            "channels": [_plain(channel, digits=4) for channel in channels],
+            "quantiles": {str(q): [_number(float(channel.quantile(q))) for channel in channels] for q in QUANTILES},
         }
     return found
 
@@ -138,15 +141,13 @@ def _magnitudes(model: Hymba, outputs: OutputMeter, name: str) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _meta_tokens(model: Hymba, kinds: dict[str, Tensor], advance: Callable[[], None]) -> dict[str, Any] | None:
+def _meta_tokens(model: Hymba, kinds: dict[str, Tensor], advance: Callable[[], None]) -> dict[str, Any]:
     shares: dict[str, Tensor] = {}
     for kind, ids in kinds.items():
         meter = AttentionMeter()
         with observe(model, meter):
             model.hidden(ids)
         advance()
-        if not meter.layers:
-            return None
         shares[kind] = meter.meta_tokens().mean(1)  # (L, M)
     profiles = {kind: share.mean(0) / share.sum(-1).mean() for kind, share in shares.items()}
     return {
@@ -161,7 +162,7 @@ def _meta_tokens(model: Hymba, kinds: dict[str, Tensor], advance: Callable[[], N
 def _removals(model: Hymba) -> list[tuple[int, str]]:
     """Every branch of every layer that can be removed."""
     layers = range(model.config.n_layers)
-    return [(layer, name) for name in BRANCHES for layer in layers if branch(model, layer, name) is not None]
+    return [(layer, name) for name in BRANCHES for layer in layers if has_branch(model, layer, name)]
 
 
 def _importance(model: Hymba, ids: Tensor, base: float, size: int, advance: Callable[[], None]) -> dict[str, Any]:

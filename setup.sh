@@ -16,7 +16,7 @@ and installs hymba from this directory. Asks nothing. When all is in place it do
 
   --cuda VERSION   take the build for this CUDA version: ${builds// /, }
   --cpu            take the CPU build
-  --extras NAMES   also install these extras of pyproject.toml, separated by commas: test, dev
+  --extras NAMES   also install these extras of pyproject.toml, separated by commas: data, plots, test, dev
   --python PROGRAM the Python to use, 3.10 to 3.13 (default: python3, else python3.13 down to python3.10)
   --venv DIR       where the environment goes (default: .venv beside this script)
   --dry-run        say what would be done, change nothing

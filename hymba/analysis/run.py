@@ -48,7 +48,7 @@ def analyze(
     c = model.config
     found: dict[str, Any] = {
         "config": asdict(c),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(cost.parameters(c).values()),
         "global_layers": _global_layers(model),
         "cache_bytes": _cache_bytes(model, ids.shape[1]),
         "text": {"rows": ids.shape[0], "length": ids.shape[1], "bytes": texts.text_bytes(tokenizer, ids)},
@@ -83,7 +83,7 @@ def _attends_to_meta_tokens(model: Hymba) -> bool:
 
 def _encode(model: Hymba, tokenizer: Tokenizer, text: str, rows: int, length: int) -> Tensor:
     ids = texts.encode(tokenizer, text, rows, min(length, model.config.max_length))
-    return ids.to(model.embedding.weight.device)
+    return ids.to(model.meta_tokens.device)
 
 
 def _global_layers(model: Hymba) -> list[int]:

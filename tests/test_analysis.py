@@ -381,7 +381,7 @@ def test_command_prints_json(checkpoint: Path, tmp_path: Path, capsys, monkeypat
     text = tmp_path / "text.txt"
     text.write_text("It is a truth universally acknowledged. " * 20)
     assert run(["analyze", str(checkpoint), "--only", "memory", "--text", str(text), "--length", "16", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["models"]
     assert "memory" in found[checkpoint.name] and "attention" not in found[checkpoint.name]
     assert list(tmp_path.iterdir()) == [text]
 

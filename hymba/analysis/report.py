@@ -69,8 +69,13 @@ def require_matplotlib() -> None:
         raise UserError("figures need matplotlib; install hymba[plots], or print the numbers with --json")
 
 
+def as_json(models: dict[str, dict[str, Any]]) -> str:
+    """What `analysis.json` holds. models: name -> what `analyze` returned"""
+    return json.dumps({"hymba": __version__, "models": models}, allow_nan=False)
+
+
 def write(models: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write README.md, analysis.json, and every figure as PNG and SVG. models: name -> what `analyze` returned"""
+    """Write README.md, analysis.json, and every figure as PNG and SVG; see `as_json`."""
     require_matplotlib()
     import matplotlib
 
@@ -89,8 +94,7 @@ def write(models: dict[str, dict[str, Any]], folder: Path) -> None:
                     figure.savefig, format=kind, dpi=160, metadata=METADATA[kind]
                 )
             page += [f"## {title}", "", reading, "", f"![{title}]({name}.png)", ""]
-        content = {"hymba": __version__, "models": models}
-        writers[folder / "analysis.json"] = lambda path: path.write_text(json.dumps(content), encoding="utf-8")
+        writers[folder / "analysis.json"] = lambda path: path.write_text(as_json(models), encoding="utf-8")
         page += [
             "Figures: PNG and SVG; their numbers: analysis.json. Definitions: docs/analysis.md of the package.",
             "",

@@ -1,11 +1,10 @@
 """`hymba analyze`"""
 
-import json
 from pathlib import Path
 
 import click
 
-from hymba.analysis import ANALYSES
+from hymba.analysis import ANALYSES, report
 from hymba.cli.generate import read_prompts
 from hymba.cli.terminal import job, waiting
 from hymba.errors import UserError
@@ -45,32 +44,25 @@ def analyze(
     """
     labels = _labels(models, names)
     if not as_json:
-        from hymba.analysis.report import require_matplotlib, write
-
-        require_matplotlib()
+        report.require_matplotlib()
     read = None if text is None else read_prompts((text,), lines=False)[0]
     only = only or ANALYSES
-    with waiting("loading"):
-        import torch
-
-        from hymba.analysis.run import analyze, passes
-        from hymba.convert import load_model, resolve
-        from hymba.tokenizer import Tokenizer
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {}
-    for label, model in zip(labels, models, strict=True):
-        folder = resolve(model)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        loaded = load_model(folder, device=device, dtype=torch.float32)
-        with job(f"analyzing {label}", passes(loaded, only, rows), "passes") as bar:
-            found[label] = analyze(loaded, tokenizer, read, only=only, rows=rows, length=length, advance=bar.advance)
-        del loaded  # gone before the next one comes
+    for label, folder in zip(labels, models, strict=True):
+        with waiting(f"loading {label}"):
+            from hymba.analysis.run import analyze, passes
+            from hymba.engine.llm import LLM
+
+            llm = LLM(folder, device=device, dtype="float32", max_batch=1)
+        with job(f"analyzing {label}", passes(llm.model, only, rows), "passes") as bar:
+            found[label] = analyze(
+                llm.model, llm.tokenizer, read, only=only, rows=rows, length=length, advance=bar.advance
+            )
+        del llm  # gone before the next one comes
     if as_json:
-        print(json.dumps(found))
+        print(report.as_json(found))
     else:
-        write(found, out)
+        report.write(found, out)
         print(f"{out}: README.md shows the figures, analysis.json has the numbers")
 
 

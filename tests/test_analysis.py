@@ -16,6 +16,7 @@ from hymba.analysis.attention import CATEGORIES, AttentionMeter, probabilities
 from hymba.analysis.branches import OutputMeter, bits, gates, without
 from hymba.analysis.memory import MemoryMeter, influence, reach, receptive_field
 from hymba.analysis.observe import observe
+from hymba.analysis.report import FIGURES, write
 from hymba.analysis.run import analyze, passes
 from hymba.cli import run
 from hymba.errors import UserError
@@ -364,16 +365,38 @@ def test_rows_of_a_text(checkpoint: Path):
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_command_writes_a_folder(checkpoint: Path, tmp_path: Path, capsys):
+def test_command_writes_a_folder(checkpoint: Path, tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "inside"
-    arguments = ["--rows", "1", "--length", "40", "--out", str(out)]
+    arguments = ["--rows", "1", "--length", "40", "--only", "receptive-field", "--only", "memory", "--out", str(out)]
     assert run(["analyze", str(checkpoint), str(checkpoint), "--names", "one,two", *arguments]) == 0
+    figures = {"receptive-field", "memory"}
+    files = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == files | {"README.md", "analysis.json"}
     page = (out / "README.md").read_text()
-    figures = {path.stem for path in out.glob("*.png")}
-    assert figures == {path.stem for path in out.glob("*.svg")}
-    assert len(figures) == 9 and all(f"]({name}.png)" in page for name in figures)
+    assert all(f"]({name}.png)" in page for name in figures)
     assert list(json.loads((out / "analysis.json").read_text())["models"]) == ["one", "two"]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # a layout that cannot be made
+def test_figures_of_different_models(checkpoint: Path, tmp_path: Path):
+    """Every figure can be drawn of models side by side of which each lacks something, and shows those that do not."""
+    pytest.importorskip("matplotlib")
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    found = {
+        name: analyze(tiny_model(vocab_size=tokenizer.vocab_size, **changes), tokenizer, rows=1, length=40)
+        for name, changes in {"hymba": {}, "llama": OTHER_ARCHITECTURES["attention"],
+                              "mamba": OTHER_ARCHITECTURES["mamba2"]}.items()
+    }  # fmt: skip
+    write(found, tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == set(FIGURES)
+    for figure, shown in {
+        "memory": ("hymba", "mamba"),
+        "attention-mass": ("hymba", "llama"),
+        "gates": ("hymba",),
+    }.items():
+        drawn = (tmp_path / f"{figure}.svg").read_text()
+        assert [name for name in found if f">{name}<" in drawn] == list(shown), figure
 
 
 def test_command_prints_json(checkpoint: Path, tmp_path: Path, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def meta_tokens(models: Models) -> Figure:
             axes.set(title=kind, xlabel="meta token")
         row[0].set(title=f"{name}: mean of the layers", xlabel="meta token", ylabel="attention, %")
         row[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        row[0].set_ylim(bottom=0)
+        row[0].set_ylim(0, 1.1 * row[0].dataLim.y1)
         row[0].legend()
         row[1].set_ylabel("layer")
         figure.colorbar(image, ax=row[1:], label="attention, %", fraction=0.05)
@@ -128,10 +128,12 @@ def importance(models: Models) -> Figure:
                 places = [layer + side * (layer in both) for layer in parts[branch]["layers"]]
                 axes.bar(places, parts[branch]["change"], width=0.4, color=BRANCHES[branch][1], zorder=2)
         axes.axhline(0, color=GREY, lw=0.8)
-    changes = np.abs([c for n in models.values() for part in n["importance"].values() for c in part["change"]])
-    if changes.max() > 20 * np.median(changes) > 0:  # one layer would hide all others
-        panels[0].set_yscale("symlog", linthresh=np.median(changes))
+    changes = np.array([c for n in models.values() for part in n["importance"].values() for c in part["change"]])
+    ordinary = np.median(np.abs(changes))
+    if np.abs(changes).max() > 20 * ordinary > 0:  # one layer would hide all others
+        panels[0].set_yscale("symlog", linthresh=10 ** np.round(np.log10(ordinary)))
         panels[0].yaxis.set_major_formatter(PLAIN)
+        panels[0].set_ylim(bottom=2 * min(changes.min(), 0))
     figure.supylabel("bits per byte more without them")
     _legend(figure, _branch_handles(models, "importance"), models)
     return figure
@@ -228,9 +230,8 @@ def _panels(models: Models, extra: int = 0, titles: Iterable[str] | None = None)
         axes.set(xlabel="layer", xlim=(-0.7, numbers["config"]["n_layers"] - 0.3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         axes.set_title(title, pad=TITLE_PAD)
-        above = [1.03] * len(numbers["global_layers"])
-        place = axes.get_xaxis_transform()
-        axes.plot(numbers["global_layers"], above, "v", color=GREY, ms=4.5, clip_on=False, transform=place)
+        for layer in numbers["global_layers"]:
+            axes.plot(layer, 1.03, "v", color=GREY, ms=4.5, clip_on=False, transform=axes.get_xaxis_transform())
     return figure, panels[:count]
 
 
@@ -274,5 +275,6 @@ def _legend(figure: Figure, handles: Iterable[Artist], models: Models) -> None:
     handles = list(handles)
     if any(numbers["global_layers"] for numbers in models.values()):
         handles.append(Line2D([], [], color=GREY, marker="v", ls="", ms=4.5, label="layer with full attention"))
-    columns = int(figure.get_figwidth() / 1.9)  # inches that an entry needs
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+    fit = int(figure.get_figwidth() / 1.9)  # inches that an entry needs
+    rows = -(-len(handles) // fit)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))

@@ -2,9 +2,9 @@
 //
 // Dense, bf16 and float32: W is nn.Linear's own row-major weight. Lanes run along the inputs.
 //   batch 1: one row after the other, so that a thread reads one contiguous stream; four sums in flight per row.
-//   batch > 1: a register tile of R rows x C activations, R C <= 16; the tile's 16 sums are then added up across lanes
-//   together (`sum_of_each`, 3 instructions a sum instead of 8). Batches above 8 take the rows in several passes,
-//   while they are in the first-level cache.
+//   batch > 1: a register tile of 6 rows x 4 activations (3 x 4 where there are 16 registers); the tile's sums are then
+//   added up across lanes together (`sum_of_each`, 3 instructions a sum instead of 8). Larger batches take the rows in
+//   several passes, while they are in a near cache.
 //   bf16 products are exact, sums float32 (vdpbf16ps where there is one, else bf16 -> float32 and FMA).
 //
 // int8 and int4: lanes are 16 rows, so that no sum across lanes is needed, the last few inputs are no special case, and a
@@ -19,7 +19,7 @@
 //   they fit the integer dot product, and come from the nibbles by one byte shuffle.
 //   vpdpbusd multiplies unsigned by signed bytes: weights carry + 128, and the sum starts at -128 sum(xq).
 //   Integer sums are exact; groups are added up in float32.
-//   batch > 1: C <= 8 activations share each load (and shuffle) of weights.
+//   batch > 1: C <= 8 activations share each load (and shuffle) of weights; int8 for 8 and more: see panels.
 //
 // The order of additions of one output depends neither on the number of threads nor on the other rows.
 #include "matvec.h"
@@ -31,7 +31,10 @@ namespace HYMBA_ISA {
 namespace {
 
 constexpr int kGroup = 32;         // inputs that share an activation scale, and in int4 a weight scale
-constexpr int kMaxColumns = 8;     // activations in one register tile
+// Register tiles: rows x activations. Of 24 sums in 32 registers, a tile loads 10 vectors for 24 dot products, which the
+// second-level cache can follow: wide activations do not fit the first.
+constexpr int kDenseRows = kW == 16 ? 6 : 3, kDenseColumns = 4;
+constexpr int kMaxColumns = 8;     // activations in one tile of int8 and int4
 // Bytes ahead, into the second-level cache: memory and arithmetic overlap only if lines are asked for this early.
 constexpr int kPrefetch = 16384;
 constexpr int kCacheLine = 64;
@@ -71,87 +74,76 @@ void dense_rows(const T* w, int n_rows, const typename Dot<T>::Input* x, int64_t
   for (int r = 0; r < n_rows; r++) y[r] = sums[r];
 }
 
-// R rows for C activations
+// R rows for C activations. This is pass `pass` of `passes` over these rows: each asks for its share of the rows to come.
 template <class T, int R, int C>
-void dense_tile(const T* w, const typename Dot<T>::Input* x, int64_t cols, float* y, int64_t y_row) {
+void dense_tile(const T* w, const typename Dot<T>::Input* x, int64_t cols, int64_t pass, int64_t passes, float* y,
+                int64_t y_row) {
   using P = Dot<T>;
   constexpr int s = P::kStep;
   const int64_t ld = padded(cols);
   // this far ahead lies the same place of a later tile
   const int64_t tile_bytes = R * cols * (int64_t)sizeof(T), ahead = round_up(kPrefetch, tile_bytes);
+  const int ask_first = static_cast<int>(R * pass / passes), ask_last = static_cast<int>(R * (pass + 1) / passes);
   vf sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = zero();
   int64_t k = 0;
   for (; k + s <= cols; k += s) {
+    for (int r = ask_first; r < ask_last; r++) prefetch(reinterpret_cast<const char*>(w + r * cols + k) + ahead);
     typename P::Chunk row[R];
-    for (int r = 0; r < R; r++) {
-      row[r] = P::weight(w + r * cols + k);
-      prefetch(reinterpret_cast<const char*>(w + r * cols + k) + ahead);
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) row[r] = P::weight(w + r * cols + k);
+#pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       const typename P::Chunk column = P::input(x + c * ld + k);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[r][c] = P::add(sums[r][c], row[r], column);
     }
   }
   if (k < cols) {
-    typename P::Chunk row[R];
-    for (int r = 0; r < R; r++) row[r] = P::weight_n(w + r * cols + k, cols - k);
     for (int c = 0; c < C; c++) {
       const typename P::Chunk column = P::input(x + c * ld + k);
-      for (int r = 0; r < R; r++) sums[r][c] = P::add(sums[r][c], row[r], column);
+      for (int r = 0; r < R; r++) sums[r][c] = P::add(sums[r][c], P::weight_n(w + r * cols + k, cols - k), column);
     }
   }
-  alignas(64) vf part[16];
-  alignas(64) float out[16];
+  constexpr int kSums = (R * C + 15) / 16 * 16;
+  alignas(64) vf part[kSums];
+  alignas(64) float out[kSums];
   for (int c = 0; c < C; c++)
     for (int r = 0; r < R; r++) part[c * R + r] = sums[r][c];
-  for (int i = R * C; i < 16; i++) part[i] = zero();
-  sum_of_each(part, out);
+  for (int i = R * C; i < kSums; i++) part[i] = zero();
+  for (int i = 0; i < kSums; i += 16) sum_of_each(part + i, out + i);
   for (int c = 0; c < C; c++)
     for (int r = 0; r < R; r++) y[c * y_row + r] = out[c * R + r];
 }
 
-template <class T, int C>
-void dense_columns(const T* w, int64_t rows, const typename Dot<T>::Input* x, int64_t cols, float* y, int64_t y_row) {
-  constexpr int R = C <= 4 ? 4 : 16 / C;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) dense_tile<T, R, C>(w + r * cols, x, cols, y + r, y_row);
-  for (; r < rows; r++) dense_tile<T, 1, C>(w + r * cols, x, cols, y + r, y_row);
+// R rows for any number of activations, in passes over the rows while a near cache holds them
+template <class T, int R>
+void dense_rows_by_columns(const T* w, const typename Dot<T>::Input* x, int64_t cols, int64_t batch, float* y,
+                           int64_t y_row) {
+  const int64_t ld = padded(cols), passes = ceil_div(batch, kDenseColumns);
+  for (int64_t pass = 0, b = 0; pass < passes; pass++) {
+    const int64_t columns = batch * (pass + 1) / passes - b;
+    const typename Dot<T>::Input* xb = x + b * ld;
+    float* yb = y + b * y_row;
+    switch (columns) {
+      case 1: dense_tile<T, R, 1>(w, xb, cols, pass, passes, yb, y_row); break;
+      case 2: dense_tile<T, R, 2>(w, xb, cols, pass, passes, yb, y_row); break;
+      case 3: dense_tile<T, R, 3>(w, xb, cols, pass, passes, yb, y_row); break;
+      default: dense_tile<T, R, kDenseColumns>(w, xb, cols, pass, passes, yb, y_row); break;
+    }
+    b += columns;
+  }
 }
 
 template <class T>
 void dense(const T* w, int64_t cols, int64_t rows, const typename Dot<T>::Input* x, int64_t batch, float* y, int64_t y_row) {
-  const int64_t ld = padded(cols);
-  // several passes over the same rows: as many rows at a time as stay in the first-level cache
-  const int64_t passes = ceil_div(batch, kMaxColumns);
-  const int64_t cached = max<int64_t>(16384 / (cols * (int64_t)sizeof(T)) / 12 * 12, 12);
-  const int64_t at_once = batch == 1 ? 16 : passes == 1 ? rows : cached;
-  for (int64_t r = 0; r < rows; r += at_once) {
-    const int64_t n = min(at_once, rows - r);
-    const T* part = w + r * cols;
-    int64_t b = 0;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t columns = batch * (pass + 1) / passes - b;
-      const typename Dot<T>::Input* xb = x + b * ld;
-      float* yb = y + b * y_row + r;
-      switch (columns) {
-        case 1: {
-          for (int64_t i = 0; i < n; i += 16)
-            dense_rows<T>(part + i * cols, (int)min<int64_t>(16, n - i), xb, cols, yb + i);
-          break;
-        }
-        case 2: dense_columns<T, 2>(part, n, xb, cols, yb, y_row); break;
-        case 3: dense_columns<T, 3>(part, n, xb, cols, yb, y_row); break;
-        case 4: dense_columns<T, 4>(part, n, xb, cols, yb, y_row); break;
-        case 5: dense_columns<T, 5>(part, n, xb, cols, yb, y_row); break;
-        case 6: dense_columns<T, 6>(part, n, xb, cols, yb, y_row); break;
-        case 7: dense_columns<T, 7>(part, n, xb, cols, yb, y_row); break;
-        default: dense_columns<T, 8>(part, n, xb, cols, yb, y_row); break;
-      }
-      b += columns;
-    }
-  }
+  int64_t r = 0;
+  if (batch == 1)
+    for (; r < rows; r += 16) dense_rows<T>(w + r * cols, (int)min<int64_t>(16, rows - r), x, cols, y + r);
+  for (; r + kDenseRows <= rows; r += kDenseRows)
+    dense_rows_by_columns<T, kDenseRows>(w + r * cols, x, cols, batch, y + r, y_row);
+  for (; r < rows; r++) dense_rows_by_columns<T, 1>(w + r * cols, x, cols, batch, y + r, y_row);
 }
 
 template <class Input>
@@ -206,10 +198,18 @@ void quantise(const float* x, int64_t x_row, int64_t cols, int64_t batch, int64_
       for (int i = 0; i < n; i++) {
         const vi integer = (vi)(v[i] * inverse + to_integer) - 0x4b400000;
         total += integer;
+#if defined(__AVX512F__)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kW), _mm512_cvtepi32_epi8((__m512i)integer));
+#else
         *reinterpret_cast<vb*>(out + i * kW) = __builtin_convertvector(integer, vb);
+#endif
       }
+#if defined(__AVX512F__)
+      const int32_t s = _mm512_reduce_add_epi32((__m512i)total);
+#else
       int32_t s = 0;
       for (int i = 0; i < kW; i++) s += total[i];
+#endif
       q.scale[g * batch + b] = nothing ? 0.0f : most / 127.0f;
       q.bias[g * batch + b] = -128 * s;
     }
@@ -332,6 +332,91 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
 #endif
 }
 
+#if defined(__AVX512VNNI__)
+// int8 for many activations: a tile of 3 blocks x 4 activations loads 56 vectors for 96 dot products, where one block x 8
+// loads 72 for 64. Tiles run over a chunk of groups, so that the chunk stays in the first-level cache for all activations.
+constexpr int kBlocks = 3, kPanelColumns = 4;
+constexpr int kChunk = 8;   // groups: 12 KB of weights
+constexpr int kPanel = 32;  // activations whose sums are kept meanwhile
+
+// B blocks of 16 rows, groups first .. first + count - 1, for C activations: added to sums (C, B, 16). In every group the
+// lines from `line` to `last_line` of what lies `ahead` are asked for.
+template <int B, int C>
+void panel_tile(const uint8_t* w, int64_t bytes, const Quantised& q, int64_t b, int64_t batch, int64_t first,
+                int64_t count, int64_t ahead, int64_t line, int64_t last_line, float* sums) {
+  vf total[C][B];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+    for (int i = 0; i < B; i++) total[c][i] = load(sums + (c * B + i) * 16);
+  for (int64_t g = first; g < first + count; g++) {
+    const int64_t at = g * batch + b;
+    const int8_t* x = q.x + at * kGroup;
+    for (int i = 0; i < B; i++)
+      for (int64_t l = line; l < last_line; l++) prefetch(w + i * bytes + g * 512 + l * kCacheLine + ahead);
+    __m512i s[C][B];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+      for (int i = 0; i < B; i++) s[c][i] = _mm512_set1_epi32(q.bias[at + c]);
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; step++) {
+      __m512i v[B];
+#pragma GCC unroll 4
+      for (int i = 0; i < B; i++) v[i] = _mm512_loadu_si512(w + i * bytes + g * 512 + step * 64);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        int32_t four;
+        __builtin_memcpy(&four, x + c * kGroup + step * 4, 4);
+        const __m512i xs = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int i = 0; i < B; i++) s[c][i] = _mm512_dpbusd_epi32(s[c][i], v[i], xs);
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+      for (int i = 0; i < B; i++) total[c][i] += __builtin_convertvector((vi)s[c][i], vf) * q.scale[at + c];
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+    for (int i = 0; i < B; i++) store(sums + (c * B + i) * 16, total[c][i]);
+}
+
+// B blocks of 16 rows for all activations
+template <int B>
+void panels(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t batch, int64_t groups, int64_t rows,
+            float* y, int64_t y_row) {
+  const int64_t bytes = block_bytes(false, groups), lines = 512 / kCacheLine;
+  const int64_t ahead = round_up(kPrefetch, B * bytes);  // this far lies the same place of later blocks
+  alignas(64) float sums[kPanel * B * 16];
+  for (int64_t b = 0; b < batch; b += kPanel) {
+    const int64_t columns = min<int64_t>(kPanel, batch - b), passes = ceil_div(columns, kPanelColumns);
+    __builtin_memset(sums, 0, columns * B * 16 * sizeof(float));
+    for (int64_t g = 0; g < groups; g += kChunk) {
+      const int64_t count = min<int64_t>(kChunk, groups - g);
+      for (int64_t pass = 0; pass < passes; pass++) {
+        const int64_t c = columns * pass / passes, line = lines * pass / passes;
+        const int64_t last_line = b > 0 ? line : lines * (pass + 1) / passes;
+        float* to = sums + c * B * 16;
+        switch (columns * (pass + 1) / passes - c) {
+          case 1: panel_tile<B, 1>(w, bytes, q, b + c, batch, g, count, ahead, line, last_line, to); break;
+          case 2: panel_tile<B, 2>(w, bytes, q, b + c, batch, g, count, ahead, line, last_line, to); break;
+          case 3: panel_tile<B, 3>(w, bytes, q, b + c, batch, g, count, ahead, line, last_line, to); break;
+          default: panel_tile<B, 4>(w, bytes, q, b + c, batch, g, count, ahead, line, last_line, to); break;
+        }
+      }
+    }
+    for (int64_t c = 0; c < columns; c++)
+      for (int i = 0; i < B; i++) {
+        const int64_t n = min<int64_t>(16, rows - i * 16);
+        store_n(y + (b + c) * y_row + i * 16, load(sums + (c * B + i) * 16) * load_n(row_scale + i * 16, n), n);
+      }
+  }
+}
+#endif
+
 template <bool kFour, int C>
 HYMBA_INLINE void block_columns(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t b, int64_t batch,
                                 int64_t groups, int64_t rows, float* y, int64_t y_row) {
@@ -344,8 +429,21 @@ template <bool kFour>
 void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, int64_t last, float* y, int64_t y_row) {
   const int64_t groups = ceil_div(w.cols, kGroup), bytes = block_bytes(kFour, groups);
   const Quantised q = quantised(const_cast<void*>(input), groups, batch);
+  int64_t r = first;
+#if defined(__AVX512VNNI__)
+  for (; !kFour && batch >= 8 && r < last; r += kBlocks * kRowBlock) {
+    const uint8_t* block = static_cast<const uint8_t*>(w.data) + r / kRowBlock * bytes;
+    const int64_t rows = min(kBlocks * kRowBlock, last - r);
+    float* out = y + r - first;
+    switch (ceil_div(rows, kRowBlock)) {
+      case 1: panels<1>(block, w.scale + r, q, batch, groups, rows, out, y_row); break;
+      case 2: panels<2>(block, w.scale + r, q, batch, groups, rows, out, y_row); break;
+      default: panels<kBlocks>(block, w.scale + r, q, batch, groups, rows, out, y_row); break;
+    }
+  }
+#endif
   const int64_t passes = ceil_div(batch, kMaxColumns);
-  for (int64_t r = first; r < last; r += kRowBlock) {
+  for (; r < last; r += kRowBlock) {
     const uint8_t* block = static_cast<const uint8_t*>(w.data) + r / kRowBlock * bytes;
     const float* scale = kFour ? nullptr : w.scale + r;
     const int64_t rows = min(kRowBlock, last - r);

@@ -29,6 +29,15 @@ class Workload:
     kind: str  # whose arithmetic peak counts: float32, bfloat16, int8
 
 
+def tiled(shape: tuple[int, ...], block: Tensor) -> Tensor:
+    """A new tensor of `shape`, filled with copies of the flat `block`."""
+    data = torch.empty(shape, dtype=block.dtype)
+    flat = data.view(-1)
+    for first in range(0, flat.numel(), block.numel()):
+        flat[first : first + block.numel()] = block[: flat.numel() - first]
+    return data
+
+
 def random_model(config: HymbaConfig, precision: str) -> Hymba:
     """A model of random weights, made quickly; the precisions int8 and int4 are quantised bfloat16."""
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -37,11 +46,7 @@ def random_model(config: HymbaConfig, precision: str) -> Hymba:
     model.to_empty(device="cpu")
     block = torch.empty(BLOCK, dtype=dtype).normal_(std=config.init_std)
     for name, parameter in model.named_parameters():
-        data = torch.empty(parameter.shape, dtype=torch.float32 if name.endswith("A_log") else dtype)
-        flat = data.view(-1)
-        for first in range(0, flat.numel(), BLOCK):
-            flat[first : first + BLOCK] = block[: flat.numel() - first]
-        parameter.data = data
+        parameter.data = tiled(parameter.shape, block.float() if name.endswith("A_log") else block)
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith(".D"):
             parameter.data.fill_(1)

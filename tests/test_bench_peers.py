@@ -111,16 +111,20 @@ def test_llama_cpp_loads_the_file_and_fills_its_cache(name, precision):
     peer = llama_cpp.Peer(SMALL[name], precision)
     untied = 0 if SMALL[name].tie_embeddings else SMALL[name].vocab_size * SMALL[name].d_model
     assert llama_cpp.C.llama_model_size(peer.model) >= (SMALL[name].weights + untied) * WEIGHT_BYTES[precision]
-    for batch, context in ((1, 16), (1, 400), (3, 400)):
+    for batch, context, setting in (
+        (1, 16, "flash attention"),
+        (1, 400, "plain attention"),
+        (3, 400, "flash attention"),
+    ):
         if batch > 1 and SMALL[name].kind != "llama":
             continue
-        filled = peer.filled(batch, context)
+        filled = peer.filled(batch, context, setting)
         for sequence in range(batch):
             first = llama_cpp.C.llama_memory_seq_pos_min(filled.memory, sequence)
             assert first == 0 or SMALL[name].kind != "llama"  # an SSM remembers its last position only
             assert llama_cpp.C.llama_memory_seq_pos_max(filled.memory, sequence) == context - 1
             assert len(filled.save(sequence)) >= SMALL[name].kv_bytes(context)
-        work = peer.decoding(batch, context, 2, "")
+        work = peer.decoding(batch, context, 2, setting)
         work.run()
         work.run()
     peer.prefill(40).run()

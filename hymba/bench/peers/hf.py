@@ -30,6 +30,7 @@ def config_of(shape: Shape) -> PreTrainedConfig:
         "tie_word_embeddings": shape.tie_embeddings,
     }
     if shape.kind == "mamba":
+        # its scan is a loop over time; the parallel one, with mambapy, does not run in bfloat16
         return transformers.MambaConfig(
             **sizes, intermediate_size=shape.d_inner, state_size=shape.d_state, time_step_rank=shape.dt_rank
         )

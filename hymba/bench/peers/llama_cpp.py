@@ -21,8 +21,13 @@ PROMPT = 128  # tokens that are really read before a sequence is doubled
 ROOM = 256
 
 
+# its default where the processor can; at long contexts the plain path has been faster on CPUs
+FLASH, PLAIN = "flash attention", "plain attention"
+
+
 def settings(shape: Shape) -> tuple[str, ...]:
-    return ("",)
+    """The ways to decode that a user may choose from."""
+    return FLASH, PLAIN
 
 
 class Token(NamedTuple):
@@ -40,14 +45,18 @@ def _silent(level: int, text: bytes, data: int) -> None:
 class Context:
     """Sequences of a model that decode together, each with its own keys and values."""
 
-    def __init__(self, peer: "Peer", sequences: int, length: int, shared: bool = False):
-        """shared: all sequences live in one buffer, so that one can hand its tokens to another"""
+    def __init__(self, peer: "Peer", sequences: int, length: int, setting: str, shared: bool = False):
+        """length: of each sequence; shared: all sequences live in one buffer of that length, so that one can hand its
+        tokens to another"""
         options = C.llama_context_default_params()
         options.n_ctx = length if shared else length * sequences
         options.n_batch = options.n_ubatch = 512
         options.n_seq_max = sequences
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.kv_unified = shared
+        options.flash_attn_type = (
+            C.LLAMA_FLASH_ATTN_TYPE_DISABLED if setting == PLAIN else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        )
         self._peer = peer  # the model must outlive its contexts
         self._context = _made(C.llama_init_from_model(peer.model, options), "a context")
         self._batch = C.llama_batch_init(options.n_batch, 0, 1)
@@ -98,12 +107,12 @@ class Peer:
             self.model = _made(C.llama_model_load_from_file(str(path).encode(), options), "a model")
         weakref.finalize(self, C.llama_model_free, self.model)
 
-    def filled(self, batch: int, context: int) -> Context:
+    def filled(self, batch: int, context: int, setting: str) -> Context:
         """Sequences of `context` tokens: a short prompt is read, and doubled until it is long enough."""
         length, doublings = context, 0
         while length > PROMPT:
             length, doublings = -(-length // 2), doublings + 1
-        whole = Context(self, 2, (length << doublings) + ROOM, shared=True)
+        whole = Context(self, 2, (length << doublings) + ROOM, setting, shared=True)
         whole.read_prompt(length)
         for _ in range(doublings):
             whole.load(whole.save(0), 1)
@@ -113,15 +122,15 @@ class Peer:
             length *= 2
         state, empty = whole.save(0), whole.save(1)
         del whole
-        filled = Context(self, batch, length + ROOM)
+        filled = Context(self, batch, length + ROOM, setting)
         filled.load(state if batch == 1 else _for_streams(state, empty, filled.save(0)), 0)
         for sequence in range(1, batch):
             C.llama_memory_seq_cp(filled.memory, 0, sequence, -1, -1)
         return filled
 
     def decoding(self, batch: int, context: int, steps: int, setting: str) -> Workload:
-        """`steps` tokens for each of `batch` sequences that hold `context` tokens; no settings."""
-        filled = self.filled(batch, context)
+        """`steps` tokens for each of `batch` sequences that hold `context` tokens."""
+        filled = self.filled(batch, context, setting)
         position = C.llama_memory_seq_pos_max(filled.memory, 0)
 
         def run() -> None:  # goes on where the last run ended: states of an SSM cannot go back
@@ -134,7 +143,7 @@ class Peer:
 
     def prefill(self, length: int) -> Workload:
         """A prompt of `length` tokens, at most 512."""
-        empty = Context(self, 1, length)
+        empty = Context(self, 1, length, FLASH)
 
         def run() -> None:
             C.llama_memory_clear(empty.memory, False)

@@ -30,6 +30,10 @@ from hymba.errors import UserError
     "--precision", "precisions", multiple=True, type=click.Choice(("bfloat16", "int8", "int4")),
     help="Of the weights; transformers is always in bfloat16. May be repeated.  [default: all]",
 )  # fmt: skip
+@click.option(
+    "--batch", "batches", multiple=True, type=click.Choice((1, 2, 4, 8)),
+    help="Of the task aggregate; may be repeated.  [default: all]",
+)  # fmt: skip
 @click.option("--model", default="1.5B", show_default=True, help=f"Our shape: {', '.join(PRESETS)}, or a checkpoint's.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Repetitions of each workload.")
 @click.option("--threads", type=click.IntRange(1), help="[default: PyTorch's]")
@@ -74,7 +78,7 @@ def peers(parts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     errors = check.fast_against_reference(config)
     ours, records = compare.Ours(config), []
     for name in present if timed else ():
-        comparisons = compare.plan(name, timed, precisions)
+        comparisons = compare.plan(name, timed, precisions, options["batches"])
         total = (options["repeats"] + 1) * sum(len(c.ours) + 1 for c in comparisons)
         with job(f"measuring {name}", total, "runs") as bar:
             records += compare.run(name, ours, comparisons, options["repeats"], bar.advance)

@@ -80,8 +80,12 @@ class Comparison:
     ours: tuple[str, ...]  # our precisions
 
 
-def plan(name: str, tasks: Iterable[str], precisions: tuple[str, ...]) -> list[Comparison]:
+def plan(
+    name: str, tasks: Iterable[str], precisions: tuple[str, ...], batches: tuple[int, ...] = ()
+) -> list[Comparison]:
     """What is timed with one peer, models in turn.
+
+    batches: of the task aggregate; empty: all of TASKS
 
     An engine that knows one precision is compared with Hymba in all `precisions`, another with Hymba in its own. The
     paper's aggregate throughput is a comparison with a transformer.
@@ -96,6 +100,7 @@ def plan(name: str, tasks: Iterable[str], precisions: tuple[str, ...]) -> list[C
         for task in tasks
         if task != "aggregate" or shape.kind == "llama"
         for batch, context in TASKS[task]
+        if task != "aggregate" or not batches or batch in batches
         for setting in (settings if task != "prefill" else ("",))
     ]
 

@@ -1,6 +1,7 @@
 """What a model costs: parameters by part and bytes of a cache, as formulas. Needs no weights."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hymba.config import HymbaConfig
 from hymba.visibility import ring_slots
@@ -48,6 +49,34 @@ def parameters(config: HymbaConfig) -> dict[str, int]:
     if not c.tie_embeddings:
         parts["LM head"] = embedding
     return parts
+
+
+def matmul_weights(config: HymbaConfig) -> int:
+    """Weights that multiply every token of a prefill: all matrices of the blocks."""
+    parts = parameters(config)
+    return sum(parts[name] for name in ("attention projections", "Mamba projections", "output projections", "MLP"))
+
+
+def attention_operations(config: HymbaConfig, first: int, count: int) -> float:
+    """Multiplications and additions of attention for tokens first .. first + count - 1 of a row."""
+    c, total = config, 0
+    for plan in c.layers:
+        if plan.attends:
+            for t in range(first, first + count):
+                seen = t + 1 if plan.window is None else min(t, plan.window) + 1
+                total += (seen + c.n_meta) * (c.d_key + plan.d_value)
+    return 2.0 * total * c.n_heads
+
+
+@lru_cache
+def training_operations(config: HymbaConfig, length: int) -> float:
+    """Multiplications and additions of a training step, a token: forward, and twice that backward (recomputation in
+    checkpointed blocks is not counted). The scan and the convolution, a few percent, are left out.
+
+    length: tokens in a row, all taken as one document
+    """
+    weights = matmul_weights(config) + config.vocab_size * config.d_model
+    return 3 * (2.0 * weights + attention_operations(config, 0, length) / length)
 
 
 def cache_bytes(config: HymbaConfig, batch_size: int, max_length: int, element_size: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hymba import cost, ops
 from hymba.config import HymbaConfig
+from hymba.cost import attention_operations, matmul_weights
 from hymba.engine.decoder import make_decoder
 from hymba.model.cache import HymbaCache
 from hymba.model.hymba import Hymba
@@ -75,23 +76,6 @@ def cache_bytes_read(cache: HymbaCache, context: int) -> int:
     rows = cost.cache_bytes(cache.config, cache.batch_size, context + 1, cache.conv.element_size())
     meta = [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
     return rows["kv"] + rows["conv"] + rows["ssm"] + sum(x.nbytes for x in meta)
-
-
-def matmul_weights(config: HymbaConfig) -> int:
-    """Weights that multiply every token of a prefill: all matrices of the blocks."""
-    parts = cost.parameters(config)
-    return sum(parts[name] for name in ("attention projections", "Mamba projections", "output projections", "MLP"))
-
-
-def attention_operations(config: HymbaConfig, first: int, count: int) -> float:
-    """Multiplications and additions of attention for tokens first .. first + count - 1 of a row."""
-    c, total = config, 0
-    for plan in c.layers:
-        if plan.attends:
-            for t in range(first, first + count):
-                seen = t + 1 if plan.window is None else min(t, plan.window) + 1
-                total += (seen + c.n_meta) * (c.d_key + plan.d_value)
-    return 2.0 * total * c.n_heads
 
 
 def filled_cache(model: Hymba, batch: int, context: int, room: int) -> HymbaCache:
@@ -175,6 +159,5 @@ def training(config: HymbaConfig, batch: int, length: int, dtype: torch.dtype) -
         loss.backward()
 
     tokens = batch * length
-    weights = matmul_weights(config) + config.vocab_size * config.d_model
-    operations = 3 * (2.0 * tokens * weights + batch * attention_operations(config, 0, length))
+    operations = tokens * cost.training_operations(config, length)
     return Workload(run, tokens, 0, operations, str(dtype).removeprefix("torch."))

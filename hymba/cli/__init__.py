@@ -15,6 +15,7 @@ from hymba.errors import UserError
 VERBS = {
     "generate": "Continue texts.",
     "chat": "Talk to a model in the terminal.",
+    "train": "Train a model on prepared text.",
     "info": "Show what a model is made of and what its cache costs.",
     "convert": "Save a checkpoint in another dtype, quantised, or in other files.",
     "prepare": "Turn text into token shards to train on.",

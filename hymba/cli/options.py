@@ -32,7 +32,7 @@ def field_options(cls: type, *, without: tuple[str, ...] = (), **defaults: Any) 
 
     without: fields that get none; defaults: where the command line's default is another than the field's
     """
-    comments = _field_comments(cls)
+    comments = field_comments(cls)
 
     def decorate(command: Callable) -> Callable:
         for field in reversed([field for field in fields(cls) if field.name not in without]):
@@ -58,7 +58,7 @@ def _option(field: Field, comment: str, defaults: dict[str, Any]) -> Callable:
     return click.option(f"--{field.name.replace('_', '-')}", field.name, **settings)
 
 
-def _field_comments(cls: type) -> dict[str, str]:
+def field_comments(cls: type) -> dict[str, str]:
     """The comment behind each field in the class's source."""
     comments = {}
     for line in inspect.getsource(cls).splitlines():

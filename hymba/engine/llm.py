@@ -94,16 +94,27 @@ class LLM:
         folder = resolve(path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
-        if quantize is not None and quantisation(self.model) != quantize:
-            quantize_(self.model, quantize)
-        self.tokenizer = Tokenizer.from_pretrained(folder)
-        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+        model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
+        if quantize is not None and quantisation(model) != quantize:
+            quantize_(model, quantize)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
-                f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model only "
-                f"{self.model.config.vocab_size}; they do not belong together"
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model.config.vocab_size}; they do not belong together"
             )
-        self.engine = Engine(self.model, max_batch=max_batch, max_length=max_length)
+        self._set(model, tokenizer, max_batch, max_length)
+
+    @classmethod
+    def of(cls, model: Hymba, tokenizer: Tokenizer, *, max_batch: int = 8, max_length: int | None = None) -> "LLM":
+        """Around a model and a tokenizer that are there already. The weights must not change while it is in use."""
+        llm = cls.__new__(cls)
+        llm._set(model, tokenizer, max_batch, max_length)
+        return llm
+
+    def _set(self, model: Hymba, tokenizer: Tokenizer, max_batch: int, max_length: int | None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.engine = Engine(model, max_batch=max_batch, max_length=max_length)
 
     @property
     def config(self) -> HymbaConfig:

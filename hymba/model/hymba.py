@@ -108,26 +108,33 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
+        self,
+        x: Tensor,
+        layout: Layout,
+        past: LayerState | CachedLayer,
+        shared: tuple[KeyValue, ...] | None,
+        dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[KeyValue, ...] | None, Tensor | None, Tensor | None]:
-        """As `HybridHeads.forward`; None for what heads of one kind do not have."""
+        """As `HybridHeads.forward`; None for what heads of one kind do not have. dropout: of both branches' outputs"""
         y, sources, conv_state, ssm_state = self.heads(self.heads_norm(x), layout, past, shared)
-        x = x + y
+        x = x + F.dropout(y, dropout)
         if self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
+            x = x + F.dropout(self.mlp(self.mlp_norm(x)), dropout)
         return x, sources, conv_state, ssm_state
 
 
 class Hymba(nn.Module):
     """The whole model: meta tokens, embedding, blocks, norm, LM head.
 
-    Set `checkpoint_blocks = True` to recompute activations in the backward pass instead of keeping them.
+    Set `checkpoint_blocks = True` to recompute activations in the backward pass instead of keeping them, and `dropout`
+    to the share of embeddings and branch outputs that is dropped in training mode (of text: meta tokens keep theirs).
     """
 
     def __init__(self, config: HymbaConfig):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
+        self.dropout = 0.0
         self.meta_tokens = nn.Parameter(torch.empty(config.n_meta, config.d_model))
         # as in the released model, the padding id's embedding gets no gradient from the input side
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
@@ -256,7 +263,8 @@ class Hymba(nn.Module):
             positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values
         positions = positions + M
         layout = Layout(positions, *self.rope(positions, M + after), document_ids, starts, lengths)
-        yield from self._run(self.embedding(input_ids), layout, past)
+        dropout = self.dropout if self.training else 0.0
+        yield from self._run(F.dropout(self.embedding(input_ids), dropout), layout, past, dropout)
         if cache is not None:
             cache.lengths.add_(T if lengths is None else lengths.to(cache.lengths.device))
 
@@ -281,13 +289,13 @@ class Hymba(nn.Module):
         return [state for _, state in states]
 
     def _run(
-        self, x: Tensor, layout: Layout, past: list[LayerState] | list[CachedLayer]
+        self, x: Tensor, layout: Layout, past: list[LayerState] | list[CachedLayer], dropout: float = 0.0
     ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
         """All blocks; what is yielded is described in `layer_outputs`."""
         yield x, None
         shared: dict[int, tuple[KeyValue, ...]] = {}  # of the layers that make keys and values
         for plan, block, state in zip(self.config.layers, self.blocks, past, strict=True):
-            arguments = (x, layout, state, shared.get(plan.producer))
+            arguments = (x, layout, state, shared.get(plan.producer), dropout)
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, sources, conv, ssm = checkpoint(block, *arguments, use_reentrant=False)
             else:

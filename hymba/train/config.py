@@ -19,6 +19,7 @@ from hymba.convert import load_config, resolve
 from hymba.errors import UserError
 from hymba.files import atomic_write
 from hymba.tokenizer import Tokenizer
+from hymba.train.data import Source
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,14 +30,6 @@ OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 CHANGEABLE = ("run", "card")  # sections that may differ when a run is continued
-
-
-@dataclass(frozen=True)
-class Source:
-    """A prepared folder and how often its documents are drawn."""
-
-    path: str  # folder made by `hymba prepare`
-    weight: float = 1.0  # share of the tokens, relative to the other sources
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Validation:
     sources: tuple[str, ...] = ()  # prepared folders; none: every source of every stage that has a validation split
     every: int = 100  # steps between two measurements; there is always one at the end
     length: int = 0  # tokens in a row; 0: as in the last stage
-    stride: int = 0  # tokens by which windows of long documents move on; 0: the length, so that windows do not overlap
+    stride: int = 0  # tokens by which a row moves on: what it shares with the row before is context; 0: half a row
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,14 @@ class Report:
             text += f"  lr {last['lr']:.3g}  gradient {last['gradient_norm']:.2f}  {last['peak_memory'] / 1e9:.2f} GB"
             self.say(f"step {last['step']}/{self._steps}  {text}")
 
-    def validation(self, step: int, source: str, loss: float, bits_per_byte: float | None) -> None:
-        bits = None if bits_per_byte is None else round(bits_per_byte, 6)
-        self._write({"kind": "validation", "step": step, "source": source, "loss": loss, "bits_per_byte": bits})
+    def validation(self, step: int, source: str, loss: float, bits_per_byte: float) -> None:
+        self._write(
+            {"kind": "validation", "step": step, "source": source, "loss": loss, "bits_per_byte": bits_per_byte}
+        )
         name = Path(source).name
         for sink in self._sinks:
             sink(step, {f"validation/{name}/loss": loss, f"validation/{name}/bits_per_byte": bits_per_byte})
-        shown = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
-        self.say(f"step {step}: {name}: validation loss {loss:.4f} nats{shown}")
+        self.say(f"step {step}: {name}: validation loss {loss:.4f} nats, {bits_per_byte:.4f} bits per byte")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})

@@ -19,18 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hymba.config import HymbaConfig
 from hymba.cost import training_operations
 from hymba.engine.llm import LLM
 from hymba.engine.sampling import SamplingParams
 from hymba.errors import UserError
-from hymba.model.hymba import IGNORED_LABEL, Hymba
+from hymba.model.hymba import Hymba
 from hymba.tokenizer import Tokenizer
 from hymba.train import config as config_file
 from hymba.train.card import write_final
 from hymba.train.checkpoint import Checkpoints
 from hymba.train.config import TrainConfig
-from hymba.train.data import Rows, TrainingRows, ValidationRows
+from hymba.train.data import IGNORED_LABEL, Corpus, Rows, TrainingRows, ValidationRows
 from hymba.train.optim import allocate_state, make_optimizers, set_lr, state_tensors
 from hymba.train.parallel import World, whole
 from hymba.train.report import LOG, Report, Stopwatch, peak_memory, read_log
@@ -132,6 +131,8 @@ class Trainer:
         try:
             with _signals(self):
                 self._introduce()
+                if self.done == steps and (self.folder / FINAL).exists():
+                    return Result(self.folder, self.done, steps, None)
                 self.peak = peak_operations(self.world.device, c.precision)
                 self.stopwatch = Stopwatch()
                 upcoming = loader.submit(self._load, self.done)
@@ -285,40 +286,29 @@ class Trainer:
         length = v.length or self.config.stages[-1].length
         self.model.eval()
         for path in self._validation_sources():
-            data = ValidationRows(path, length, v.stride or length)
+            data = ValidationRows(path, length, v.stride or None)
             total, targets = torch.zeros((), dtype=torch.float64, device=self.world.device), 0
             for part, count in self._validation_parts(data):
                 total += self._loss(self.model, part).double() * count
                 targets += count
             nats, targets = self.world.sum([total.item(), targets])
-            self.report.validation(self.done, path, nats / max(1, targets), nats / math.log(2) / data.bytes)
+            self.report.validation(self.done, path, nats / max(1, targets), data.bits_per_byte(nats))
         self.model.train()
 
     def _validation_sources(self) -> Sequence[str]:
-        return self.config.validation.sources or [p for p in self.config.sources if _has_validation(p)]
+        paths = self.config.validation.sources
+        return paths or [path for path in self.config.sources if "validation" in Corpus(path).manifest["splits"]]
 
     def _validation_parts(self, data: ValidationRows) -> Iterator[tuple[Rows, int]]:
         """This process's share. All processes get the same number of parts, some of them repeated with weight 0."""
         part: Rows | None = None
-        for i, part in enumerate(self._collect(data)):
+        for i, part in enumerate(data.batches(max(1, self.config.run.micro_tokens // data.length))):
             if i % self.world.size == self.world.rank:
                 mine = part
             if i % self.world.size == self.world.size - 1:
                 yield self._place(mine), _targets(mine)
         if part is not None and (left := (i + 1) % self.world.size):
             yield self._place(part), _targets(mine) if self.world.rank < left else 0
-
-    def _collect(self, data: ValidationRows) -> Iterator[Rows]:
-        """Rows of a validation split, as many together as one forward pass takes."""
-        waiting: list[Rows] = []
-        for rows in data:
-            waiting.append(rows)
-            tokens = sum(rows.input_ids.numel() for rows in waiting)
-            if tokens + rows.input_ids.shape[1] > self.config.run.micro_tokens:
-                yield Rows(*map(torch.cat, zip(*waiting, strict=True)))
-                waiting = []
-        if waiting:
-            yield Rows(*map(torch.cat, zip(*waiting, strict=True)))
 
     def _sample(self) -> None:
         """Texts that the model writes now."""
@@ -423,28 +413,21 @@ def _freeze_unused(model: Hymba) -> None:
 
 def _targets(rows: Rows) -> int:
     """How many tokens the loss of these rows is the mean of."""
-    same = rows.document_ids[:, 1:] == rows.document_ids[:, :-1]
-    return int((same & (rows.labels[:, 1:] != IGNORED_LABEL)).sum())
-
-
-def _has_validation(path: str) -> bool:
-    return any(Path(path).glob("validation-*.bin"))
+    return int((rows.labels != IGNORED_LABEL).sum())
 
 
 def _common_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer that all prepared folders share. Raises `UserError` if there are several, or it is too large."""
-    paths = [*config.sources, *config.validation.sources]
-    texts = {path: (Path(path) / "tokenizer.json") for path in paths}
-    first = Tokenizer.from_pretrained(paths[0])
-    for path, file in texts.items():
-        if not file.exists() or file.read_bytes() != texts[paths[0]].read_bytes():
-            raise UserError(f"{path} has another tokenizer than {paths[0]}; prepare both with the same one")
-    model: HymbaConfig = config.model
-    if first.vocab_size > model.vocab_size:
+    first, *others = (Corpus(path) for path in [*config.sources, *config.validation.sources])
+    for other in others:
+        if other.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{other.path} has another tokenizer than {first.path}; prepare both with the same one")
+    if first.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer of {paths[0]}, {first.vocab_size}"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer of {first.path}, "
+            f"{first.vocab_size}"
         )
-    return first
+    return first.tokenizer()
 
 
 @contextmanager

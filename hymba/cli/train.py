@@ -52,12 +52,7 @@ def train(context: click.Context, config: str, out: str | None) -> None:
         raise UserError(f"{config} does not end in .toml; name the run folder with --out")
     from hymba.train.trainer import train as run  # after the config is known to be good
 
-    try:
-        result = run(parsed, out or Path(config).with_suffix(""))
-    except UserError:
-        if int(os.environ.get("RANK", 0)) == 0:
-            raise
-        context.exit(2)  # the first process says why
+    result = run(parsed, out or Path(config).with_suffix(""))
     if result.stopped_by and not result.finished:
         if int(os.environ.get("RANK", 0)) == 0:
             click.echo(

@@ -109,7 +109,7 @@ class Checkpoints:
         aside = target.with_name(f".{target.name}.tmp")
         try:
             if self._world.first:
-                aside.mkdir(parents=True)
+                aside.mkdir(parents=True, exist_ok=True)  # another process may have been faster
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.save(tensors, checkpoint_id=aside, process_group=self._world.background)

@@ -1,7 +1,7 @@
 """The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
-family says what it computes, how it is tiled and what is float32: scan, conv, norm, attention, decode.
+family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hymba.ops import reference
 from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
-from hymba.ops.gpu import attention as _attention
+from hymba.ops.gpu import flex
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
@@ -27,12 +27,14 @@ def supports(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if weight.dim() > 1:  # one weight for each head: rare and small
+    if weight.dim() > 1 or torch.compiler.is_compiling():  # one weight for each head: rare and small; or fused
         return reference.rms_norm(x, weight, eps)
     return rms_norm_forward(x, weight, eps)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
+    if torch.compiler.is_compiling():  # its neighbours are fused with it
+        return reference.mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps)
     return mean_of_norms_forward(attn, ssm, attn_weight, ssm_weight, eps)
 
 
@@ -71,40 +73,11 @@ def attention(
     n_meta: int,
     scale: float,
 ) -> Tensor:
-    B, T = q.shape[0], q.shape[2]
     if (
-        T == 1
+        q.shape[2] == 1
         and documents is None
         and len(sources) <= 2
         and not needs_grad(q, *(x for source in sources for x in source[:2]))
     ):
         return decode_attention(q, positions, sources, window, n_meta, scale)
-    k_documents = None
-    if documents is not None:
-        documents = documents.to(torch.int32)
-        own = [_documents(source, B) for source in sources]
-        k_documents = own[0] if len(own) == 1 else torch.cat(own, dim=1)
-    # sources that all rows share stay shared if they are alone
-    rows = max(max(source.k.shape[0], source.positions.shape[0]) for source in sources)
-    k = _join([source.k.to(q.dtype) for source in sources], rows, dim=2)
-    v = _join([source.v.to(q.dtype) for source in sources], rows, dim=2)
-    k_positions = _join([source.positions for source in sources], rows, dim=1).to(torch.int32)
-    return _attention.attention_forward(
-        q, k, v, positions.to(torch.int32), k_positions, documents, k_documents,
-        sources[0].k.shape[2] if len(sources) > 1 else 0,
-        _attention.NO_WINDOW if window is None else window, n_meta, scale,
-    )[0]  # fmt: skip
-
-
-def _documents(source: KeyValue, rows: int) -> Tensor:
-    if source.documents is None:
-        return torch.full(
-            (rows, source.k.shape[2]), _attention.SHARED_BY_ALL, dtype=torch.int32, device=source.k.device
-        )
-    return source.documents.to(torch.int32).expand(rows, -1)
-
-
-def _join(parts: list[Tensor], rows: int, dim: int) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts], dim=dim)
+    return flex.attention(q, positions, documents, sources, window, n_meta, scale)

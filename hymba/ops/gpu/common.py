@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # Triton's interpreter runs the kernels on the CPU, slowly: for tests without a GPU, on small tiles
 INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 
@@ -26,20 +27,30 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 @triton.jit
-def log1p_exp(x):
-    """softplus(x) = max(x, 0) + log(1 + exp(-|x|)); the logarithm as 2 atanh(z), z = e / (2 + e) <= 1 / 3.
+def sigmoid(x):
+    return tl.fdiv(1.0, 1.0 + tl.exp2(-LOG2E * x))
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + exp(-|x|)); the logarithm as 2 atanh(z), z = e / (2 + e) <= 1 / 3.
 
     The hardware's logarithm has an absolute error, which near 1, where small steps live, is a large relative one.
     """
-    e = tl.exp(-tl.abs(x))
-    z = e / (2.0 + e)
+    e = tl.exp2(-LOG2E * tl.abs(x))
+    z = tl.fdiv(e, 2.0 + e)
     s = z * z
-    series = 1.0 / 15.0
-    series = series * s + 1.0 / 13.0
-    series = series * s + 1.0 / 11.0
-    series = series * s + 1.0 / 9.0
-    series = series * s + 1.0 / 7.0
-    series = series * s + 1.0 / 5.0
-    series = series * s + 1.0 / 3.0
-    series = series * s + 1.0
-    return tl.maximum(x, 0.0) + 2.0 * z * series
+    series = 2.0 / 15.0
+    series = series * s + 2.0 / 13.0
+    series = series * s + 2.0 / 11.0
+    series = series * s + 2.0 / 9.0
+    series = series * s + 2.0 / 7.0
+    series = series * s + 2.0 / 5.0
+    series = series * s + 2.0 / 3.0
+    series = series * s + 2.0
+    return series * z + tl.maximum(x, 0.0)

@@ -2,22 +2,26 @@
 
 Math (one channel e, one state n; `starts` and `lengths` as in `reference.selective_scan`):
 
-    delta_t = softplus(dt_t + dt_bias)      a_t = exp(delta_t A)        b_t = delta_t B_t u_t
-    h_t = a_t h_(t-1) + b_t                 y_t = (sum_n C_t h_t + D u_t) SiLU(gate_t)
+    delta_t = softplus(dt_t + dt_bias)      a_t = exp(delta_t A)
+    h_t = a_t h_(t-1) + delta_t B_t u_t     y_t = (sum_n C_t h_t + D u_t) SiLU(gate_t)
 
 and backwards, with g_t the gradient of h_t through y_t:
 
-    dh_t = g_t + a_(t+1) dh_(t+1)           da_t a_t = dh_t (h_t - b_t)      as h_t - b_t = a_t h_(t-1)
+    dh_t = g_t + a_(t+1) dh_(t+1)           d(delta_t A) = a_t h_(t-1) dh_t
 
-Tiling: a program owns BE channels of one row and walks over time in tiles of BT steps. A tile is (BT, N, BE): lanes lie
-along the channels (coalesced, as E is contiguous), warps along the states, and time in registers, so that the scan
-along it is BT multiply-adds in a row and no exchange between threads; sums over states go through shared memory.
-Nothing of size (B, T, E, N) is written: the forward pass keeps the state in front of every tile, 1 / BT of that, and
-the backward pass computes a tile's states again from it. exp(delta A) is computed once per element and direction: a
-card has one unit for it to eight for multiply-adds, and it, not memory, is the limit of this operation in bfloat16.
+Tiling: a program is one warp and owns 32 channels of one row, a lane for each, whose N states lie in the lane's
+registers: sums over states need no exchange, loads along E are coalesced, and time is a loop. Steps go in groups, so
+that many loads are under way at once. Nothing of size (B, T, E, N) is written: the forward pass keeps the state in
+front of every group, and the backward pass computes a group's states again from it. Gradients of B and C are sums over
+channels, across lanes: the products are rounded to bfloat16 (split into three of them where inputs are float32) and
+summed by the matrix unit, a product with a line of ones for each step.
 
-float32: everything between load and store. Gradients of A, D, dt_bias, B and C are partial sums, added outside in a
-fixed order, so that a run can be repeated bit for bit.
+exp(delta A) is the limit of the forward pass beside memory: a multiprocessor has 16 units for it to 128 for
+multiply-adds. Few rows of long texts are cut into segments of time that run side by side, at twice the exponentials:
+once to learn what a segment does to a state, once more from the right one.
+
+float32: everything between load and store but those products. Gradients of A, D, dt_bias, B and C are partial sums,
+added outside in a fixed order, so that a run can be repeated bit for bit.
 """
 
 import torch
@@ -25,85 +29,244 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, library_op, log1p_exp, rows_contiguous
+from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, silu, softplus
 
-# steps in a group, and between the kept states
+# steps in a group, and between the kept states; lines 2 k and 2 k + 1 of a product are the sums of step k
 GROUP = 8
-CHANNELS = 8 if INTERPRET else 32
-# programs of one warp that fill a large card; fewer channels than that are walked in several segments of time at once
-WANTED, LEAST_SEGMENT = (8, 16) if INTERPRET else (1600, 128)
-STAGES = tl.constexpr(2)
-LOG2E = tl.constexpr(1.4426950408889634)
+LINES = tl.constexpr(2 * GROUP)
+CHANNELS = 32
+# programs that fill a large card; fewer than that walk in several segments of time
+WANTED, LEAST_SEGMENT = (8, 16) if INTERPRET else (1056, 128)
 FORGET = tl.constexpr(1e30)
+# what the matrix unit multiplies; the interpreter has no bfloat16
+FACTOR = tl.constexpr(tl.float32 if INTERPRET else tl.bfloat16)
 
 
 @triton.jit
+def _rows(x, t0, step, end, GROUP: tl.constexpr):
+    """Rows t0 .. t0 + GROUP - 1 of x, a tuple; 0 from `end` on"""
+    x += t0 * step
+    out = ()
+    for i in tl.static_range(GROUP):
+        out = out + (tl.load(x + i * step, mask=t0 + i < end, other=0.0),)
+    return out
+
+
+@triton.jit
+def _states(at, N: tl.constexpr, NP: tl.constexpr):
+    n = tl.arange(0, NP)
+    if N == NP:
+        return tl.load(at + n)
+    else:
+        return tl.load(at + n, mask=n < N, other=0.0)
+
+
+@triton.jit(do_not_specialize=["unit"])
 def _forward_kernel(
     u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, initial, y, last, kept, ends, sums,
-    T, E, u_row, u_step, dt_row, dt_step, gate_row, gate_step, state_row, segments, steps, groups,
+    T, E, u_row, u_step, dt_row, dt_step, gate_row, gate_step, state_row, segments, steps, groups, unit,
     N: tl.constexpr, NP: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
     STARTS: tl.constexpr, LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUT: y and the last state. Without: what a segment does to a state, as its end from 0 and its sum of
-    delta."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    delta. unit: 1, unknown to the compiler, which then gives a lane one channel and not four."""
+    e = (tl.program_id(0) * BE + tl.arange(0, BE))
     row, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n = tl.arange(0, NP)
     zero = row * 0  # 64 bits: a step times its stride outgrows 32 in a long text
     real_e = e < E
-    real = (n < N)[:, None] & real_e[None, :]
-    rate = tl.load(A + n[:, None] * E + e[None, :], mask=real, other=0.0) * LOG2E  # (N, BE)
-    bias = tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32)
-    skip = tl.load(D + e, mask=real_e, other=0.0).to(tl.float32)
-    h = tl.zeros((NP, BE), tl.float32)
-    first = tl.zeros((NP, BE), tl.float32)
-    if STARTS or not SEGMENTS:
-        first += tl.load(state + row * state_row + n[:, None] * E + e[None, :], mask=real, other=0.0)
-    at = ((row * segments + segment) * N + n[:, None]) * E + e[None, :]
+    e = tl.minimum(e, E - 1) * unit
+    real = real_e[:, None] & (n < N)[None, :]
+    rate = tl.load(A + e[:, None] + n[None, :] * E, mask=real, other=0.0) * LOG2E
+    bias = tl.load(dt_bias + e).to(tl.float32)
+    skip = tl.load(D + e).to(tl.float32)
+    h = tl.zeros((BE, NP), tl.float32)
+    at_first = state + row * state_row + e[:, None] + n[None, :] * E
+    at = ((row * segments + segment) * N + n[None, :]) * E + e[:, None]
     if OUTPUT:
         if SEGMENTS:
             h += tl.load(initial + at, mask=real, other=0.0)
         else:
-            h += first
+            h += tl.load(at_first, mask=real, other=0.0)
     length = T
     if LENGTHS:
-        length = tl.minimum(tl.load(lengths + row), T)
+        length = tl.minimum(tl.load(lengths + row), T).to(tl.int32)
     total = tl.zeros((BE,), tl.float32)
     begin = segment * steps
     end = tl.minimum(begin + steps, T)
-    for t0 in tl.range(begin, end, GROUP, num_stages=STAGES):
+    u += row * u_row + e
+    dt += row * dt_row + e
+    gate += row * gate_row + e
+    y += row * T * E + e
+    xs = _rows(u, zero + begin, u_step, end, GROUP)
+    ds = _rows(dt, zero + begin, dt_step, end, GROUP)
+    zs = _rows(gate, zero + begin, gate_step, end, GROUP) if OUTPUT else xs
+    for t0 in tl.range(begin, end, GROUP, num_stages=1):
+        t64 = zero + t0
         if KEEP:
-            tl.store(kept + ((row * groups + t0 // GROUP) * N + n[:, None]) * E + e[None, :], h, mask=real)
-        xs, ds, zs, bs, cs = (), (), (), (), ()
-        for i in tl.static_range(GROUP):  # all loads of the group before their first use
-            t = zero + t0 + i
-            inside = e < tl.where(t < T, E, 0)
-            xs = xs + (tl.load(u + row * u_row + t * u_step + e, mask=inside, other=0.0),)
-            ds = ds + (tl.load(dt + row * dt_row + t * dt_step + e, mask=inside, other=0.0),)
-            bs = bs + (tl.load(B + (row * T + t) * N + n, mask=n < tl.where(t < T, N, 0), other=0.0),)
-            if OUTPUT:
-                zs = zs + (tl.load(gate + row * gate_row + t * gate_step + e, mask=inside, other=0.0),)
-                cs = cs + (tl.load(C + (row * T + t) * N + n, mask=n < tl.where(t < T, N, 0), other=0.0),)
+            tl.store(kept + ((row * groups + t0 // GROUP) * N + n[None, :]) * E + e[:, None], h, mask=real)
+        # the next group's loads before this one's work
+        next_xs = _rows(u, t64 + GROUP, u_step, end, GROUP)
+        next_ds = _rows(dt, t64 + GROUP, dt_step, end, GROUP)
+        next_zs = _rows(gate, t64 + GROUP, gate_step, end, GROUP) if OUTPUT else xs
+        at_B = B + (row * T + t64) * N
+        at_C = C + (row * T + t64) * N
+        at_y = y + t64 * E
         for i in tl.static_range(GROUP):
             t = t0 + i
+            inside = t < T
+            step = tl.minimum(t, T - 1) - t0
+            b = _states(at_B + step * N, N, NP)
             x = xs[i].to(tl.float32)
-            delta = tl.where(t < length, log1p_exp(ds[i].to(tl.float32) + bias), 0.0)  # 0: the identity, for padding
+            delta = tl.where(t < length, softplus(ds[i].to(tl.float32) + bias), 0.0)
             if STARTS:
-                new = (tl.load(starts + row * T + tl.minimum(t, T - 1)) != 0) & (t < T)
-                h = tl.where(new, first, h)
+                new = tl.load(starts + row * T + t, mask=inside, other=0) != 0
+                h = tl.load(at_first, mask=real & new, other=h)
                 total = tl.where(new, FORGET, total)
             total += delta
-            h = tl.exp2(delta[None, :] * rate) * h + (delta * x)[None, :] * bs[i][:, None]
+            h = tl.exp2(delta[:, None] * rate) * h + (delta * x)[:, None] * b[None, :]
             if OUTPUT:
-                z = zs[i].to(tl.float32)
-                out = (tl.sum(h * cs[i][:, None], axis=0) + x * skip) * (z / (1.0 + tl.exp(-z)))
-                tl.store(y + (row * T + t) * E + e, out.to(y.dtype.element_ty), mask=e < tl.where(t < T, E, 0))
+                c = _states(at_C + step * N, N, NP)
+                out = (tl.sum(h * c[None, :], axis=1) + x * skip) * silu(zs[i].to(tl.float32))
+                tl.store(at_y + i * E, out.to(y.dtype.element_ty), mask=real_e & inside)
+        xs, ds, zs = next_xs, next_ds, next_zs
     if OUTPUT:
         if segment == segments - 1:
-            tl.store(last + (row * N + n[:, None]) * E + e[None, :], h, mask=real)
+            tl.store(last + (row * N + n[None, :]) * E + e[:, None], h, mask=real)
     else:
         tl.store(ends + at, h, mask=real)
         tl.store(sums + (row * segments + segment) * E + e, total, mask=real_e)
+
+
+@triton.jit(do_not_specialize=["unit"])
+def _backward_kernel(
+    u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
+    du, ddt, dgate, dBC, dbias, dA, dD, dstate,
+    rows, T, E, u_row, u_step, dt_row, dt_step, gate_row, gate_step, state_row, dy_row, dy_step, groups, unit,
+    N: tl.constexpr, NP: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
+    STARTS: tl.constexpr, LENGTHS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """PARTS: how many bfloat16 stand for a float32 in the sums over channels. dstate: zeros, if STARTS."""
+    block = tl.program_id(0)
+    e = block * BE + tl.arange(0, BE)
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, NP)
+    zero = row * 0  # 64 bits: a step times its stride outgrows 32 in a long text
+    real_e = e < E
+    e = tl.minimum(e, E - 1) * unit
+    real = real_e[:, None] & (n < N)[None, :]
+    rate = tl.load(A + e[:, None] + n[None, :] * E, mask=real, other=0.0) * LOG2E
+    bias = tl.load(dt_bias + e).to(tl.float32)
+    skip = tl.load(D + e).to(tl.float32)
+    length = T
+    if LENGTHS:
+        length = tl.minimum(tl.load(lengths + row), T).to(tl.int32)
+    at_first = state + row * state_row + e[:, None] + n[None, :] * E
+    at_state = row * N * E + e[:, None] + n[None, :] * E
+    # what comes back from the steps behind: a_(t+1) dh_(t+1)
+    back = tl.load(dlast + at_state, mask=real, other=0.0)
+    dA_sum = tl.zeros((BE, NP), tl.float32)
+    dD_sum = tl.zeros((BE,), tl.float32)
+    dbias_sum = tl.zeros((BE,), tl.float32)
+    line = tl.arange(0, LINES)
+    u += row * u_row + e
+    dt += row * dt_row + e
+    gate += row * gate_row + e
+    dy += row * dy_row + e
+    # lanes beyond E read the last channel, and count for nothing: their dy is 0
+    for i in tl.range(0, groups, num_stages=1):
+        t0 = (groups - 1 - i) * GROUP
+        t64 = zero + t0
+        h = tl.load(kept + ((row * groups + t0 // GROUP) * N + n[None, :]) * E + e[:, None], mask=real, other=0.0)
+        xs = _rows(u, t64, u_step, T, GROUP)
+        ds = _rows(dt, t64, dt_step, T, GROUP)
+        at_gate = gate + t64 * gate_step
+        at_dy = dy + t64 * dy_step
+        last = GROUP - 1
+        next_z = tl.load(at_gate + last * gate_step, mask=t0 + last < T, other=0.0)
+        next_dout = tl.load(at_dy + last * dy_step, mask=real_e & (t0 + last < T), other=0.0)
+        at_B = B + (row * T + t64) * N
+        at_C = C + (row * T + t64) * N
+        # the states of this group once more; hs: in front of each step and behind the last
+        deltas, hs = (), ()
+        for k in tl.static_range(GROUP):
+            t = t0 + k
+            step = tl.minimum(t, T - 1) - t0
+            delta = tl.where(t < length, softplus(ds[k].to(tl.float32) + bias), 0.0)
+            if STARTS:
+                new = tl.load(starts + row * T + t, mask=t < T, other=0) != 0
+                hs = hs + (h,)
+                h = tl.load(at_first, mask=real & new, other=h)
+            else:
+                hs = hs + (h,)
+            deltas = deltas + (delta,)
+            h = tl.exp2(delta[:, None] * rate) * h + (delta * xs[k].to(tl.float32))[:, None] * _states(at_B + step * N, N, NP)[None, :]
+        sums = tl.zeros((LINES, NP), tl.float32)
+        out = (row * T + t64) * E + e
+        for k in tl.static_range(GROUP - 1, -1, -1):
+            t = t0 + k
+            step = tl.minimum(t, T - 1) - t0
+            x, delta = xs[k].to(tl.float32), deltas[k]
+            z, dout = next_z.to(tl.float32), next_dout.to(tl.float32)
+            if k > 0:
+                next_z = tl.load(at_gate + (k - 1) * gate_step, mask=t - 1 < T, other=0.0)
+                next_dout = tl.load(at_dy + (k - 1) * dy_step, mask=real_e & (t - 1 < T), other=0.0)
+            b, c = _states(at_B + step * N, N, NP)[None, :], _states(at_C + step * N, N, NP)[None, :]
+            sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(-LOG2E * z))
+            dgated = dout * z * sigmoid
+            y_ungated = tl.sum(h * c, axis=1) + x * skip
+            sums = _add_row(sums, h * dgated[:, None], 2 * k + 1, PARTS)
+            dh = back + c * dgated[:, None]
+            drive = delta * x
+            sums = _add_row(sums, dh * drive[:, None], 2 * k, PARTS)
+            ddrive = tl.sum(dh * b, axis=1)
+            back = tl.exp2(delta[:, None] * rate) * dh
+            h = hs[k]
+            if STARTS:
+                new = tl.load(starts + row * T + t, mask=t < T, other=0) != 0
+                dlog = back * tl.load(at_first, mask=real & new, other=h)
+            else:
+                dlog = back * h
+            dA_sum += dlog * delta[:, None]
+            ddelta = tl.sum(dlog * rate, axis=1) * (1.0 / LOG2E) + ddrive * x
+            if STARTS:
+                if new:
+                    tl.atomic_add(dstate + at_state, back, mask=real, sem="relaxed")  # nobody else adds here
+                back = tl.where(new, 0.0, back)
+            # softplus' = sigmoid = 1 - exp(-softplus); 0 in padding, where delta is 0
+            dpre = ddelta * (1.0 - tl.exp2(-LOG2E * delta))
+            dD_sum += dgated * x
+            dbias_sum += dpre
+            inside = real_e & (t < T)
+            tl.store(du + out + k * E, (delta * ddrive + dgated * skip).to(du.dtype.element_ty), mask=inside)
+            tl.store(ddt + out + k * E, dpre.to(ddt.dtype.element_ty), mask=inside)
+            dz = dout * y_ungated * sigmoid * (1.0 + z * (1.0 - sigmoid))
+            tl.store(dgate + out + k * E, dz.to(dgate.dtype.element_ty), mask=inside)
+        at = (((block * rows + row) * T + t64) * 2 + line[:, None]) * N + n[None, :]
+        tl.store(dBC + at, sums, mask=(line < 2 * tl.minimum(GROUP, T - t0))[:, None] & (n < N)[None, :])
+    if STARTS:
+        tl.atomic_add(dstate + at_state, back, mask=real, sem="relaxed")
+    else:
+        tl.store(dstate + at_state, back, mask=real)
+    tl.store(dA + at_state, dA_sum, mask=real)
+    tl.store(dD + row * E + e, dD_sum, mask=real_e)
+    tl.store(dbias + row * E + e, dbias_sum, mask=real_e)
+
+
+@triton.jit
+def _add_row(sums, x, line: tl.constexpr, PARTS: tl.constexpr):
+    """Add the sum of x (BE, NP) over channels to one line of sums (16, NP): a product with a matrix of one line of ones.
+
+    bfloat16 holds a float32 in three parts
+    """
+    ones = tl.full((LINES, x.shape[0]), 1.0, FACTOR)
+    pick = tl.where((tl.arange(0, LINES) == line)[:, None], ones, 0.0).to(FACTOR)
+    for part in tl.static_range(PARTS):
+        rounded = x.to(FACTOR)
+        sums = tl.dot(pick, rounded, sums)
+        if part + 1 < PARTS:
+            x -= rounded.to(tl.float32)
+    return sums
 
 
 @triton.jit
@@ -122,97 +285,6 @@ def _join_kernel(
         tl.store(initial + at, h, mask=real)
         delta = tl.load(sums + (row * segments + segment) * E + e, mask=e < E, other=0.0)
         h = tl.exp2(delta[None, :] * rate) * h + tl.load(ends + at, mask=real, other=0.0)
-
-
-@triton.jit
-def _backward_kernel(
-    u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
-    du, ddt, dgate, dBC, dbias, dA, dD, dstate,
-    rows, T, E, u_row, u_step, dt_row, dt_step, gate_row, gate_step, state_row, dy_row, dy_step, groups,
-    N: tl.constexpr, NP: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
-    STARTS: tl.constexpr, LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    e = block * BE + tl.arange(0, BE)
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, NP)
-    zero = row * 0  # 64 bits: a step times its stride outgrows 32 in a long text
-    real_e = e < E
-    real = (n < N)[:, None] & real_e[None, :]
-    rate = tl.load(A + n[:, None] * E + e[None, :], mask=real, other=0.0) * LOG2E
-    bias = tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32)
-    skip = tl.load(D + e, mask=real_e, other=0.0).to(tl.float32)
-    first = tl.zeros((NP, BE), tl.float32)
-    if STARTS:
-        first += tl.load(state + row * state_row + n[:, None] * E + e[None, :], mask=real, other=0.0)
-    length = T
-    if LENGTHS:
-        length = tl.minimum(tl.load(lengths + row), T)
-    # what comes back from the steps behind: a_(t+1) dh_(t+1)
-    back = tl.load(dlast + (row * N + n[:, None]) * E + e[None, :], mask=real, other=0.0)
-    dA_sum = tl.zeros((NP, BE), tl.float32)
-    dfirst = tl.zeros((NP, BE), tl.float32)
-    dD_sum = tl.zeros((BE,), tl.float32)
-    dbias_sum = tl.zeros((BE,), tl.float32)
-    # a product with these sums over channels; its columns 0 and 1 are stored
-    column = tl.arange(0, 16)
-    left = tl.where((column == 0)[None, :], tl.full((BE, 16), 1.0, tl.float32), 0.0)
-    right = tl.where((column == 1)[None, :], tl.full((BE, 16), 1.0, tl.float32), 0.0)
-    for i in tl.range(0, groups, num_stages=STAGES):
-        t0 = (groups - 1 - i) * GROUP
-        h = tl.load(kept + ((row * groups + t0 // GROUP) * N + n[:, None]) * E + e[None, :], mask=real, other=0.0)
-        # the states of this group once more
-        xs, pres, deltas, bs, hs = (), (), (), (), ()
-        for k in tl.static_range(GROUP):
-            t = zero + t0 + k
-            inside = e < tl.where(t < T, E, 0)
-            xs = xs + (tl.load(u + row * u_row + t * u_step + e, mask=inside, other=0.0).to(tl.float32),)
-            pres = pres + (tl.load(dt + row * dt_row + t * dt_step + e, mask=inside, other=0.0).to(tl.float32) + bias,)
-            bs = bs + (tl.load(B + (row * T + t) * N + n, mask=n < tl.where(t < T, N, 0), other=0.0)[:, None],)
-        for k in tl.static_range(GROUP):
-            t = t0 + k
-            deltas = deltas + (tl.where(t < length, log1p_exp(pres[k]), 0.0),)
-            if STARTS:
-                h = tl.where((tl.load(starts + row * T + tl.minimum(t, T - 1)) != 0) & (t < T), first, h)
-            h = tl.exp2(deltas[k][None, :] * rate) * h + (deltas[k] * xs[k])[None, :] * bs[k]
-            hs = hs + (h,)
-        for j in tl.static_range(GROUP):
-            t = zero + t0 + (GROUP - 1 - j)
-            inside = e < tl.where(t < T, E, 0)
-            x, delta = xs[GROUP - 1 - j], deltas[GROUP - 1 - j]
-            z = tl.load(gate + row * gate_row + t * gate_step + e, mask=inside, other=0.0).to(tl.float32)
-            dout = tl.load(dy + row * dy_row + t * dy_step + e, mask=inside, other=0.0).to(tl.float32)
-            c_out = tl.load(C + (row * T + t) * N + n, mask=n < tl.where(t < T, N, 0), other=0.0)[:, None]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            dout_z = dout * z * sigmoid
-            dh = back + c_out * dout_z[None, :]
-            dlog = dh * (hs[GROUP - 1 - j] - (delta * x)[None, :] * bs[GROUP - 1 - j])  # gradient of delta A
-            back = tl.exp2(delta[None, :] * rate) * dh
-            if STARTS:
-                new = (tl.load(starts + row * T + tl.minimum(t, T - 1)) != 0) & (t < T)
-                dfirst += tl.where(new, back, 0.0)
-                back = tl.where(new, 0.0, back)
-            dA_sum += dlog * delta[None, :]
-            y_ungated = tl.sum(hs[GROUP - 1 - j] * c_out, axis=0) + x * skip
-            ddrive = tl.sum(dh * bs[GROUP - 1 - j], axis=0)
-            ddelta = tl.sum(dlog * rate, axis=0) / LOG2E + ddrive * x
-            dpre = tl.where(t < length, ddelta / (1.0 + tl.exp(-pres[GROUP - 1 - j])), 0.0)
-            dD_sum += dout_z * x
-            dbias_sum += dpre
-            at = (row * T + t) * E + e
-            tl.store(du + at, (delta * ddrive + dout_z * skip).to(du.dtype.element_ty), mask=inside)
-            tl.store(ddt + at, dpre.to(ddt.dtype.element_ty), mask=inside)
-            dz = dout * y_ungated * sigmoid * (1.0 + z * (1.0 - sigmoid))
-            tl.store(dgate + at, dz.to(dgate.dtype.element_ty), mask=inside)
-            both = tl.dot(dh * (delta * x)[None, :], left, input_precision=PRECISION)
-            both = tl.dot(hs[GROUP - 1 - j] * dout_z[None, :], right, both, input_precision=PRECISION)
-            at = (((block * rows + row) * T + t) * N + n[:, None]) * 2 + column[None, :]
-            tl.store(dBC + at, both, mask=(n < tl.where(t < T, N, 0))[:, None] & (column < 2)[None, :])
-    at = (row * N + n[:, None]) * E + e[None, :]
-    tl.store(dstate + at, back + dfirst, mask=real)
-    tl.store(dA + at, dA_sum, mask=real)
-    tl.store(dD + row * E + e, dD_sum, mask=real_e)
-    tl.store(dbias + row * E + e, dbias_sum, mask=real_e)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -250,7 +322,7 @@ def scan_forward(
     def run(output: bool) -> None:
         _forward_kernel[(blocks, rows, segments)](
             u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, initial, y, last, kept, ends, sums,
-            T, E, *_strides(u, dt, gate), _state_row(state), segments, steps, groups, **sizes, GROUP=GROUP,
+            T, E, *_strides(u, dt, gate), _state_row(state), segments, steps, groups, 1, **sizes, GROUP=GROUP,
             STARTS=starts is not None, LENGTHS=lengths is not None, SEGMENTS=segments > 1, OUTPUT=output,
             KEEP=keep and output, num_warps=1,
         )  # fmt: skip
@@ -290,25 +362,25 @@ def scan_backward(
     blocks = triton.cdiv(E, CHANNELS)
     f32 = {"dtype": torch.float32, "device": u.device}
     du, ddt, dgate = (torch.empty(rows, T, E, dtype=x.dtype, device=x.device) for x in (u, dt, gate))
-    dBC = torch.empty(blocks, rows, T, N, 2, **f32)
-    dA, dstate = (torch.empty(rows, N, E, **f32) for _ in range(2))
+    dBC = torch.empty(blocks, rows, T, 2, N, **f32)
+    dA = torch.empty(rows, N, E, **f32)
+    dstate = torch.empty_like(dA) if starts is None else torch.zeros_like(dA)
     dD, dbias = (torch.empty(rows, E, **f32) for _ in range(2))
     _backward_kernel[(blocks, rows)](
         u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
         du, ddt, dgate, dBC, dbias, dA, dD, dstate,
-        rows, T, E, *_strides(u, dt, gate), _state_row(state), *_strides(dy), triton.cdiv(T, GROUP),
-        N=N, NP=max(16, triton.next_power_of_2(N)), GROUP=GROUP, BE=max(16, CHANNELS),
-        STARTS=starts is not None, LENGTHS=lengths is not None,
-        # bfloat16 inputs carry fewer bits than TF32 keeps of the terms of dB and dC
-        PRECISION="tf32" if u.dtype == torch.bfloat16 else "tf32x3", num_warps=1,
+        rows, T, E, *_strides(u, dt, gate), _state_row(state), *_strides(dy), triton.cdiv(T, GROUP), 1,
+        N=N, NP=max(16, triton.next_power_of_2(N)), GROUP=GROUP, BE=CHANNELS,
+        STARTS=starts is not None, LENGTHS=lengths is not None, PARTS=3 if u.dtype == torch.float32 else 1,
+        num_warps=1,
     )  # fmt: skip
     dstate = dstate.transpose(1, 2)
     if state.shape[0] != rows:
         dstate = dstate.sum(0, keepdim=True)
-    dB, dC = dBC.sum(0).unbind(-1)
+    dB, dC = (dBC[..., line, :].sum(0).to(kind) for line, kind in enumerate(types))
     return (
-        du, ddt, dbias.sum(0).to(dt_bias.dtype), dA.sum(0).t().contiguous(), dB.to(types[0]).contiguous(),
-        dC.to(types[1]).contiguous(), dD.sum(0).to(D.dtype), dgate, dstate.contiguous(),
+        du, ddt, dbias.sum(0).to(dt_bias.dtype), dA.sum(0).t().contiguous(), dB, dC,
+        dD.sum(0).to(D.dtype), dgate, dstate.contiguous(),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import log1p_exp
+from hymba.ops.gpu.common import softplus
 
 NO_ACTIVATION, GATED_SILU, SQUARED_RELU = 0, 1, 2
 
@@ -200,7 +200,7 @@ def _scan_step_kernel(
     c = tl.load(x + rank + N + n, mask=real_n, other=0.0).to(tl.float32)
     c = (c * tl.rsqrt(tl.sum(c * c, axis=0) / N + eps)).to(TYPE).to(tl.float32)
     c *= tl.load(C_norm + n, mask=real_n, other=0.0).to(tl.float32)
-    delta = log1p_exp(delta + tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32))
+    delta = softplus(delta + tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32))
     v = tl.load(u + row * E + e, mask=real_e, other=0.0).to(tl.float32)
     z = tl.load(gate + row * gate_row + e, mask=real_e, other=0.0).to(tl.float32)
     at = e[:, None] * N + n[None, :]

@@ -187,17 +187,22 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- TOML
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises `UserError` if it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+
+
 def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
     """Read a TOML file; `overrides` are (dotted key, value) pairs that win over it.
 
     Raises `UserError` for a file that cannot be read, and for keys and values that make no sense.
     """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+    table = read_toml(path)
     for key, value in overrides:
         _override(table, key, value)
     return from_table(table)
@@ -209,16 +214,16 @@ def from_table(table: Mapping[str, Any]) -> TrainConfig:
     model = table.pop("model", {})
     if not isinstance(model, dict):
         raise UserError("model must be a table: [model]")
-    values = _values(TrainConfig, table, "", without=("model", "checkpoint"))
+    values = read_values(TrainConfig, table, "", without=("model", "checkpoint"))
     _require("stages" in values, "stages", "are missing; write [[stages]] with sources, tokens and length")
-    config, checkpoint = _model(dict(model), values["stages"])
+    config, checkpoint = read_model(dict(model), values["stages"])
     return TrainConfig(model=config, checkpoint=checkpoint, **values)
 
 
-def _model(table: dict[str, Any], stages: tuple[Stage, ...]) -> tuple[HymbaConfig, str]:
+def read_model(table: dict[str, Any], stages: tuple[Stage, ...]) -> tuple[HymbaConfig, str]:
     """[model]: a preset or a checkpoint, with changes; without either the paper's rules fill what is left out."""
     preset, checkpoint = table.pop("preset", None), table.pop("from", "")
-    changes = _values(HymbaConfig, table, "model.")
+    changes = read_values(HymbaConfig, table, "model.")
     if preset is not None and checkpoint:
         raise UserError("model.preset and model.from exclude each other: a checkpoint has its own sizes")
     if checkpoint:
@@ -233,7 +238,7 @@ def _model(table: dict[str, Any], stages: tuple[Stage, ...]) -> tuple[HymbaConfi
     return HymbaConfig(**changes), ""
 
 
-def _values(cls: type, table: Any, where: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_values(cls: type, table: Any, where: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Check a table's keys and types against the fields of a dataclass."""
     if not isinstance(table, dict):
         raise UserError(f"{where.rstrip('.')} must be a table of {', '.join(f.name for f in fields(cls))}")
@@ -258,7 +263,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         if kind is Source and isinstance(value, str):
             value = {"path": value}
-        return kind(**_values(kind, value, where + "."))
+        return kind(**read_values(kind, value, where + "."))
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where}={brief(value)} must be a list")

@@ -36,8 +36,11 @@ class World:
         self.background: dist.ProcessGroup | None = None  # for what other threads say to each other
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        # who trains several models one after the other makes the group: torchrun's processes can meet only once
+        self._made_group = self.size > 1 and not dist.is_initialized()
+        if self._made_group:
+            dist.init_process_group(backend(self.device))
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             self.background = dist.new_group(backend="gloo")
 
     @property
@@ -46,7 +49,7 @@ class World:
         return self.rank == 0
 
     def close(self) -> None:
-        if self.size > 1:
+        if self._made_group:
             dist.destroy_process_group()
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -98,6 +101,11 @@ class World:
         elif self._ddp is not None:
             self._ddp.require_backward_grad_sync = last
         yield
+
+
+def backend(device: torch.device) -> str:
+    """How processes on such devices talk to each other."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -405,7 +405,7 @@ def _initial_model(config: TrainConfig) -> Hymba:
 def _freeze_unused(model: Hymba) -> None:
     """Parameters that no loss depends on: DDP would wait for their gradients."""
     for plan, block in zip(model.config.layers, model.blocks, strict=True):
-        if not plan.produces_kv:
+        if plan.attends and not plan.produces_kv:
             block.heads.attention.k_norm.requires_grad_(False)
     if model.config.n_meta == 0:
         model.meta_tokens.requires_grad_(False)

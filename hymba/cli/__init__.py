@@ -19,6 +19,7 @@ VERBS = {
     "info": "Show what a model is made of and what its cache costs.",
     "convert": "Save a checkpoint in another dtype, quantised, or in other files.",
     "prepare": "Turn text into token shards to train on.",
+    "study": "Repeat the paper's comparison of architectures.",
     "analyze": "Show what the heads of models do: attention, importance, memory.",
     "bench": "Time decoding, prefill and training against this machine's limits.",
     "doctor": "Show what this machine offers and which fast paths are on.",

@@ -128,6 +128,16 @@ class Built:
     parameters: int
     adjusted: str  # what was changed so that parameters match; empty: nothing
 
+    @property
+    def ratio(self) -> str:
+        """Parameters of attention heads to those of Mamba heads, counted as table 1 seems to: of hybrid heads, the
+        output projection with Mamba."""
+        parts = parameters(self.config)
+        attention, mamba = parts["attention projections"], parts["Mamba projections"]
+        if not attention or not mamba:
+            return "1:0" if attention else "0:1"
+        return f"1:{(mamba + parts['Mamba conv, A, D, bias'] + parts['output projections']) / attention:.2f}"
+
 
 def build(name: str, hymba: HymbaConfig) -> Built:
     """An arm with as many parameters as the Hymba that the study is about, within 2%.

@@ -127,27 +127,30 @@ class Task(ABC):
 
 class AssociativeRecall(Task):
     """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of random tokens, then every key
-    again, in another order, each followed by its value. Keys and values are of two halves of the vocabulary."""
+    again, in other orders, each followed by its value. Keys and values are the first and the last of the vocabulary."""
 
     name = "mqar"
-    text = "random pairs of tokens, then the keys again in another order: which value followed?"
+    text = "random pairs of tokens, then the keys again in other orders: which value followed?"
+    SYMBOLS = 128  # keys, and as many values, or half of the vocabulary if that is less
+    TIMES = 2  # that every key is asked for
 
     def chance(self, cell: Cell) -> float:
         return 1 / cell.size
 
     def _parts(self, cell: Cell, split: str, draw: random.Random) -> Iterator[tuple[list[int], bool]]:
         symbols = self._symbols()
-        middle = len(symbols) // 2
-        if cell.size > middle:
-            raise UserError(f"mqar: {cell.size} pairs need a vocabulary of {2 * cell.size} tokens and more")
-        keys = draw.sample(symbols[:middle], cell.size)
-        values = {key: _fact(draw, split, lambda key=key: (key, draw.choice(symbols[middle:])))[1] for key in keys}
+        known = min(self.SYMBOLS, len(symbols) // 2)
+        if cell.size > known:
+            raise UserError(f"mqar: there are {known} keys, too few for {cell.size} pairs")
+        keys = draw.sample(symbols[:known], cell.size)
+        values = {key: _fact(draw, split, lambda key=key: (key, draw.choice(symbols[-known:])))[1] for key in keys}
         for key in keys:
             yield [key, values[key]], False
-        draw.shuffle(keys)
-        for key in keys:
-            yield [key], False
-            yield [values[key]], True
+        for _ in range(self.TIMES):
+            draw.shuffle(keys)
+            for key in keys:
+                yield [key], False
+                yield [values[key]], True
 
 
 class Phonebook(Task):

@@ -11,7 +11,7 @@ SETUP ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo:  ## set up, then build, save, load and run a small model
+demo:  ## set up, then write with the model that the package ships
 	@./setup.sh $(SETUP)
 	@$(PYTHON) runs/demo.py $(ARGS)
 

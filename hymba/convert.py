@@ -23,6 +23,7 @@ from hymba.config import MAX_LAYERS, HymbaConfig, brief
 from hymba.errors import UserError
 from hymba.files import write_files
 from hymba.model import quant
+from hymba.shipped import SHIPPED_FOLDER, SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from hymba.model.hymba import Hymba
@@ -322,7 +323,8 @@ def from_official_shape(name: str, x: Tensor) -> Tensor:
 
 
 def resolve(path: str | os.PathLike, wanted: Sequence[str] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
-    """A folder with a checkpoint: a path, or a Hugging Face hub id (`owner/name`), which is fetched into its cache.
+    """A folder with a checkpoint: a path, the model that the package ships (`hymba-austen`), or a Hugging Face hub id
+    (`owner/name`), which is fetched into its cache.
 
     wanted: patterns of the files that are fetched
     """
@@ -334,8 +336,10 @@ def resolve(path: str | os.PathLike, wanted: Sequence[str] = ("*.json", "*.safet
             raise UserError(f"{path} is a file; name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     except OSError as error:  # no permission, a name too long
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if str(path) == SHIPPED_MODEL:
+        return SHIPPED_FOLDER
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
-        raise UserError(f"{path}: no such folder (and no hub id of the form owner/name)")
+        raise UserError(f"{path}: no such folder (and neither {SHIPPED_MODEL} nor a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download  # not needed by anyone who loads from a folder
 
     try:

@@ -8,14 +8,15 @@ from hymba.analysis import ANALYSES, report
 from hymba.cli.generate import read_prompts
 from hymba.cli.terminal import job, waiting
 from hymba.errors import UserError
+from hymba.shipped import SHIPPED_MODEL
 
 
 @click.command(
-    epilog="\b\nExamples:\n  hymba analyze checkpoint\n"
+    epilog="\b\nExamples:\n  hymba analyze\n"
     "  hymba analyze hybrid llama --names Hymba,Llama --text book.txt --out compared\n"
     "  hymba analyze checkpoint --only importance --json"
 )
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option(
     "--names", metavar="A,B", help="What to call the models, in their order.  [default: their folders' names]"
 )
@@ -30,7 +31,8 @@ def analyze(
     models: tuple[str, ...], names: str | None, only: tuple[str, ...], text: str | None, rows: int, length: int,
     out: Path, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Look inside one or more MODELs (checkpoint folders or hub ids), side by side.
+    """Look inside one or more MODELs (checkpoint folders or hub ids), side by side; without one, inside the model that
+    the package ships.
 
     \b
     attention        what the heads look at: meta tokens, BOS, itself, other tokens; entropy
@@ -42,6 +44,7 @@ def analyze(
 
     Writes a folder: README.md, figures as PNG and SVG, and analysis.json with all numbers. Computes in float32.
     """
+    models = models or (SHIPPED_MODEL,)
     labels = _labels(models, names)
     if not as_json:
         report.require_matplotlib()

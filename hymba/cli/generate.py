@@ -19,7 +19,7 @@ from hymba.errors import UserError
 @click.command(
     epilog="""\b
     Examples:
-      hymba generate -m checkpoint "It is a truth" "Emma was" --max-tokens 64 --temperature 0
+      hymba generate "It is a truth" "Emma was" --max-tokens 64
       hymba generate -m checkpoint --file prompts.txt --lines --json > completions.jsonl"""
 )
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")

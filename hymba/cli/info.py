@@ -9,12 +9,13 @@ import click
 from hymba.cli.terminal import bold
 from hymba.config import PRESETS, HymbaConfig
 from hymba.errors import UserError
+from hymba.shipped import SHIPPED_MODEL
 
 MB = 10**6
 
 
 @click.command(epilog="\b\nExample:\n  hymba info 1.5B --context 8192 --batch 8")
-@click.argument("model")
+@click.argument("model", default=SHIPPED_MODEL)
 @click.option("--context", type=click.IntRange(1), help="Text tokens a row may hold.  [default: the model's context]")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Rows.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the checkpoint's]")
@@ -22,7 +23,8 @@ MB = 10**6
 def info(model: str, context: int | None, batch: int, dtype: str | None, as_json: bool) -> None:
     """Show what MODEL is made of and what its cache costs, next to Llama-3.2-3B at the same context.
 
-    MODEL is a checkpoint folder, a hub id, or one of the paper's family: 125M, 350M, 1.5B. No weights are read.
+    MODEL is a checkpoint folder, a hub id, or one of the paper's family: 125M, 350M, 1.5B; without it, the model that
+    the package ships. No weights are read.
     """
     if model in PRESETS:
         config, stored = HymbaConfig.preset(model), "bfloat16"

@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin
 
 import click
 
+from hymba.shipped import SHIPPED_MODEL
+
 
 def model_options(command: Callable) -> Callable:
     """Which model, where and in what precision."""
@@ -16,7 +18,14 @@ def model_options(command: Callable) -> Callable:
     context_help = "Tokens of prompt and completion together.  [default: the model's context]"
     for option in reversed(
         [
-            click.option("-m", "--model", required=True, metavar="PATH", help="Checkpoint folder or hub id."),
+            click.option(
+                "-m",
+                "--model",
+                default=SHIPPED_MODEL,
+                show_default=True,
+                metavar="PATH",
+                help="Checkpoint folder or hub id.",
+            ),
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: the GPU if any."),
             click.option("--dtype", default="auto", show_default=True, type=dtypes, help="auto: the checkpoint's."),
             click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights of 8 or 4 bits."),

@@ -18,6 +18,7 @@ from hymba.engine.sequence import Sequence
 from hymba.errors import UserError
 from hymba.model.hymba import Hymba
 from hymba.model.quant import quantisation, quantize_
+from hymba.shipped import SHIPPED_MODEL
 from hymba.tokenizer import Tokenizer
 
 Prompt = str | Ids[int]
@@ -72,7 +73,7 @@ class Chunk:
 class LLM:
     """Text in, text out.
 
-        llm = hymba.LLM("checkpoint")
+        llm = hymba.LLM()  # the small model that the package ships
         llm.generate(["Emma was", "It is"], hymba.SamplingParams(max_tokens=64, temperature=0.0))
 
     Raises `UserError` for a checkpoint or a prompt that cannot be read.
@@ -80,7 +81,7 @@ class LLM:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike = SHIPPED_MODEL,
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | str = "auto",

@@ -136,6 +136,7 @@ class HymbaConfig:
         return set(self.mixers) == {"hybrid"} and self.fusion == "mean" and full and self.d_ff > 0
 
     def mixer(self, layer: int) -> str:
+        """What a layer mixes tokens with."""
         return self.mixers[layer % len(self.mixers)]
 
     @cached_property

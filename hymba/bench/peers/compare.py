@@ -1,5 +1,6 @@
 """What `hymba bench peers` runs: Hymba and one peer in turn, then the next peer; and the tables made of it."""
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -155,6 +156,7 @@ def run(name: str, ours: Ours, comparisons: list[Comparison], repeats: int, done
             ]  # fmt: skip
             works.clear()  # the caches go before the next are made
         del peer
+        gc.collect()  # models may hold themselves in a cycle
     return records
 
 

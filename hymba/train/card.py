@@ -91,8 +91,8 @@ def card(config: TrainConfig, log: list[dict[str, Any]], name: str, pictured: bo
         "## How to reproduce it",
         f"Prepare the data as in the table above (`hymba prepare`), then, with `train.toml` from this folder:\n\n"
         f"```\nhymba train train.toml\n```\n\n"
-        f"hymba {__version__}, PyTorch {torch.__version__}, seed {c.seed}. On a CPU, with one process and the same number "
-        "of threads, the weights come out the same to the bit on the same kind of machine.",
+        f"hymba {__version__}, PyTorch {torch.__version__}, seed {c.seed}. On a CPU of the same kind, with one process "
+        "and the same number of threads, the weights come out the same to the bit.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 

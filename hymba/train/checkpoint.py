@@ -33,9 +33,9 @@ HASH_CHUNK = 1 << 22
 class Checkpoints:
     """The checkpoints of one run folder; every process has such an object and calls it at the same steps."""
 
-    def __init__(self, folder: Path, keep: int, world: World):
-        """keep: how many are kept"""
-        self.folder, self._keep, self._world = folder / "checkpoints", keep, world
+    def __init__(self, folder: Path, keep: int, world: World, data: list[str]):
+        """keep: how many are kept; data: fingerprints of what the run is trained on"""
+        self.folder, self._keep, self._world, self._data = folder / "checkpoints", keep, world, data
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         if world.first and self.folder.is_dir():
@@ -75,7 +75,7 @@ class Checkpoints:
         """Read the newest whole checkpoint into the tensors -> its step, or None where there is none.
 
         tensors: called if there is something to read; say: told about checkpoints that are damaged
-        Raises `UserError` if all of them are.
+        Raises `UserError` if all of them are, or if the run was trained on other data.
         """
         damaged = []
         for path in self._world.tell(list(self._all()) if self._world.first else []):
@@ -84,6 +84,8 @@ class Checkpoints:
                 say(f"{path} is damaged ({problem}); going back to the one before")
                 damaged.append(path)
                 continue
+            if json.loads((path / MANIFEST).read_text(encoding="utf-8"))["data"] != self._data:
+                raise UserError(f"{path} was trained on other data; prepare that again, or name another run folder")
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(tensors(), checkpoint_id=path)
@@ -114,7 +116,7 @@ class Checkpoints:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.save(tensors, checkpoint_id=aside, process_group=self._world.background)
             if self._world.first:
-                _seal(aside, step)
+                _seal(aside, step, self._data)
                 _remove(target)  # a run that went back to an earlier checkpoint passes here again
                 aside.rename(target)
                 _flush_folder(self.folder)
@@ -126,11 +128,11 @@ class Checkpoints:
             raise
 
 
-def _seal(folder: Path, step: int) -> None:
+def _seal(folder: Path, step: int, data: list[str]) -> None:
     """Write the manifest, after which the checkpoint is whole."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "step": step, "files": files}, file, indent=1)
+        json.dump({"format": FORMAT, "step": step, "data": data, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _flush_folder(folder)

@@ -5,6 +5,7 @@ gradients and optimiser state.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -83,6 +84,8 @@ class World:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            # it warns of views among what a block returns, for callers who change them in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             mesh = init_device_mesh(self.device.type, (self.size,))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)

@@ -113,13 +113,13 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(self.model, config.optimizer)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
-        self.checkpoints = Checkpoints(folder, config.run.keep, world)
+        self.rows = [TrainingRows(s.sources, s.length, config.seed + i) for i, s in enumerate(config.stages)]
+        self.checkpoints = Checkpoints(folder, config.run.keep, world, [rows.fingerprint for rows in self.rows])
         self.messages: list[str] = []
         self.done = self.checkpoints.restore(self._state_to_load, self.messages.append) or 0
         self.signal: str | None = None
         self.recent: float | None = None  # mean of recent losses
         self._unread: list[tuple[Step, Tensor, Tensor]] = []  # step, loss, norm of the gradient
-        self._rows: tuple[int, TrainingRows] | None = None  # of one stage
         self._saved = self.done
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -144,6 +144,7 @@ class Trainer:
                     self.done += 1
                     self._after(stop)
                     if stop:
+                        self.signal = self.signal or "another process's signal"
                         break
                 if self.done == steps:
                     self._finish()
@@ -195,11 +196,8 @@ class Trainer:
     def _load(self, number: int) -> list[tuple[Rows, int]]:
         """This process's rows of a step, in parts of at most `micro_tokens`, with the number of their targets."""
         step = self.schedule[number]
-        if self._rows is None or self._rows[0] != step.stage:
-            stage = self.config.stages[step.stage]
-            self._rows = step.stage, TrainingRows(stage.sources, stage.length, self.config.seed + step.stage)
         mine = self.world.share(step.rows)
-        rows = self._rows[1].rows(step.first_row + mine.start, len(mine))
+        rows = self.rows[step.stage].rows(step.first_row + mine.start, len(mine))
         return [(self._place(part), _targets(part)) for part in self._parts(rows)]
 
     def _parts(self, rows: Rows) -> list[Rows]:

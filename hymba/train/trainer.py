@@ -135,6 +135,10 @@ class Trainer:
                     return Result(self.folder, self.done, steps, None)
                 self.peak = peak_operations(self.world.device, c.precision)
                 self.stopwatch = Stopwatch()
+                if self._unmeasured():
+                    with self._averaged():
+                        self._validate()
+                    self.stopwatch.restart()
                 upcoming = loader.submit(self._load, self.done)
                 while self.done < steps:
                     step, batch = self.schedule[self.done], upcoming
@@ -234,6 +238,15 @@ class Trainer:
             self.peak = max(self.peak, peak_operations(self.world.device, c.precision))  # shared machines vary
         if measure or write or save:
             self.stopwatch.restart()
+
+    def _unmeasured(self) -> bool:
+        """Whether the loss was to be measured at the checkpoint from which the run goes on, and it ended before."""
+        due = self.done > 0 and (self.done == len(self.schedule) or self.done % self.config.validation.every == 0)
+        records = read_log(self.folder / LOG) if due and self.world.first else []
+        known = {
+            record["source"] for record in records if record["kind"] == "validation" and record["step"] == self.done
+        }
+        return self.world.tell(due and not known.issuperset(self._validation_sources()))
 
     def _read_losses(self) -> None:
         """Read what the device has computed, stop if it makes no sense, report it."""

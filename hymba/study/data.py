@@ -131,6 +131,7 @@ def write_documents(folder: Path, tokenizer: Tokenizer, splits: dict[str, Iterab
         "recipe": recipe,
         "tokenizer": {"sha256": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size},
         "dtype": dtype.name,
+        "inputs": {split: [f"task {folder.name}"] for split in splits},
         "splits": entries,
     }
     tokenizer.save_pretrained(aside)

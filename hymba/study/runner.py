@@ -234,14 +234,14 @@ def _learned(log: list[Record], sources: Sequence[Source]) -> Record:
     last = {record["source"]: record for record in measured}
     names = {source.path: data.TEXT if i == 0 else Path(source.path).name for i, source in enumerate(sources)}
     kept = steps[:: max(1, len(steps) // CURVE)]
-    text = [record for record in measured if record["source"] == sources[0].path]
+    text = {tokens[r["step"]]: r["bits_per_byte"] for r in measured if r["source"] == sources[0].path}
     rates = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
     return {
         "bits_per_byte": last[sources[0].path]["bits_per_byte"],
         "validation": {names[path]: record["loss"] for path, record in last.items()},
         "objective": sum(source.weight * last[source.path]["loss"] for source in sources),
         "curve": [[record["tokens"], round(record["loss"], 4)] for record in kept],
-        "validation_curve": [[tokens[record["step"]], record["bits_per_byte"]] for record in text],
+        "validation_curve": [list(point) for point in text.items()],
         "training_tokens_per_second": sorted(rates)[len(rates) // 2],
     }
 

@@ -9,6 +9,7 @@ Answers are graded under teacher forcing: one is right if each of its tokens is 
 match of greedy decoding, in one forward pass.
 """
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -92,16 +93,20 @@ class Task(ABC):
         return Document([*ids, self.material.tokenizer.eos_token_id], answers)
 
     def training(self, longest: int, seed: int) -> Iterator[Document]:
-        """Training documents without end, of all sizes that fit into `longest` tokens, in turn; at any depth.
+        """Training documents without end, of all sizes between the smallest and the largest that is tested and fits
+        into `longest` tokens, small ones more often; needles at any depth.
 
-        Raises `UserError` if none does.
+        With a few sizes only, a model would learn places by heart instead of looking for what is there.
+        Raises `UserError` if no size fits.
         """
-        cells = dict.fromkeys(Cell(cell.size) for cell in self.cells)
-        cells = [cell for cell in cells if len(self.document(cell, "train", seed, 0).ids) <= longest]
-        if not cells:
-            raise UserError(f"no setting of the task {self.name} fits into rows of {longest} tokens; add a smaller one")
+        sizes = sorted({cell.size for cell in self.cells})
+        sizes = [size for size in sizes if len(self.document(Cell(size), "train", seed, 0).ids) <= longest]
+        if not sizes:
+            raise UserError(f"no size of the task {self.name} fits into rows of {longest} tokens; add a smaller one")
+        draw = random.Random(f"{self.name} sizes {seed}")
         for number in count():
-            yield from (self.document(cell, "train", seed, number) for cell in cells)
+            size = round(math.exp(draw.uniform(math.log(sizes[0]), math.log(sizes[-1]))))
+            yield self.document(Cell(size), "train", seed, number)
 
     def test(self, cell: Cell, number: int) -> list[Document]:
         """The first `number` test documents of a setting."""
@@ -131,8 +136,8 @@ class AssociativeRecall(Task):
 
     name = "mqar"
     text = "random pairs of tokens, then the keys again in other orders: which value followed?"
-    SYMBOLS = 128  # keys, and as many values, or half of the vocabulary if that is less
-    TIMES = 2  # that every key is asked for
+    SYMBOLS = 64  # keys, and as many values, or half of the vocabulary if that is less
+    QUESTIONS = 32  # at least, whole rounds of all keys: with few pairs each is asked for often, which is learned first
 
     def chance(self, cell: Cell) -> float:
         return 1 / cell.size
@@ -146,7 +151,7 @@ class AssociativeRecall(Task):
         values = {key: _fact(draw, split, lambda key=key: (key, draw.choice(symbols[-known:])))[1] for key in keys}
         for key in keys:
             yield [key, values[key]], False
-        for _ in range(self.TIMES):
+        for _ in range(-(-self.QUESTIONS // cell.size)):
             draw.shuffle(keys)
             for key in keys:
                 yield [key], False

@@ -49,7 +49,7 @@ def attention(
     mask = make(positions, where, documents, owners, NO_WINDOW if window is None else window, n_meta)
     # training has one shape, prompts have any
     flex = flex_attention if compiling else _compiled(dynamic=not needs_grad(q, k, v))
-    y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=H != k.shape[1])
+    y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != H)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -94,7 +94,8 @@ def block_mask(
     full = full & _whole(T, q_at.device)[:, None] & _whole(S, q_at.device)
     if q_doc is not None:
         (q_min, q_max), (k_min, k_max) = (
-            (x.unsqueeze(-1) for x in _bounds(q_doc)), (x.unsqueeze(-2) for x in _bounds(k_doc))
+            (x.unsqueeze(-1) for x in _bounds(q_doc)),
+            (x.unsqueeze(-2) for x in _bounds(k_doc)),
         )
         some = some & ((k_min == EVERYBODY) | ((k_min <= q_max) & (q_min <= k_max)))
         full = full & ((k_max == EVERYBODY) | ((k_min == k_max) & (k_min == q_min) & (k_min == q_max)))

@@ -12,7 +12,8 @@ and backwards, with g_t the gradient of h_t through y_t:
 Tiling: a program is one warp and owns 32 channels of one row, a lane for each, whose N states lie in the lane's
 registers: sums over states need no exchange, loads along E are coalesced, and time is a loop. Steps go in groups, so
 that many loads are under way at once. Nothing of size (B, T, E, N) is written: the forward pass keeps the state in
-front of every group, and the backward pass computes a group's states again from it. Gradients of B and C are sums over
+front of every group, and the backward pass computes states again from it, for half a group at a time, as many as the
+registers hold. Gradients of B and C are sums over
 channels, across lanes: the products are rounded to bfloat16 (split into three of them where inputs are float32) and
 summed by the matrix unit, a product with a line of ones for each step.
 
@@ -31,9 +32,9 @@ from torch import Tensor
 
 from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, silu, softplus
 
-# steps in a group, and between the kept states; lines 2 k and 2 k + 1 of a product are the sums of step k
-GROUP = 8
-LINES = tl.constexpr(2 * GROUP)
+# steps in a group forward, and between the kept states; in a group backward, where states of all steps are in registers
+GROUP, BACKWARD_GROUP = 8, 4
+LINES = tl.constexpr(16)  # of a product with the matrix unit; 2 k and 2 k + 1 are the sums of step k
 CHANNELS = 32
 # programs that fill a large card; fewer than that walk in several segments of time
 WANTED, LEAST_SEGMENT = (8, 16) if INTERPRET else (1056, 128)
@@ -70,7 +71,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """With OUTPUT: y and the last state. Without: what a segment does to a state, as its end from 0 and its sum of
     delta. unit: 1, unknown to the compiler, which then gives a lane one channel and not four."""
-    e = (tl.program_id(0) * BE + tl.arange(0, BE))
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
     row, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n = tl.arange(0, NP)
     zero = row * 0  # 64 bits: a step times its stride outgrows 32 in a long text
@@ -143,7 +144,7 @@ def _backward_kernel(
     u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
     du, ddt, dgate, dBC, dbias, dA, dD, dstate,
     rows, T, E, u_row, u_step, dt_row, dt_step, gate_row, gate_step, state_row, dy_row, dy_step, groups, unit,
-    N: tl.constexpr, NP: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
     STARTS: tl.constexpr, LENGTHS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """PARTS: how many bfloat16 stand for a float32 in the sums over channels. dstate: zeros, if STARTS."""
@@ -174,10 +175,20 @@ def _backward_kernel(
     gate += row * gate_row + e
     dy += row * dy_row + e
     # lanes beyond E read the last channel, and count for nothing: their dy is 0
-    for i in tl.range(0, groups, num_stages=1):
-        t0 = (groups - 1 - i) * GROUP
+    for i in tl.range(0, tl.cdiv(T, GROUP), num_stages=1):
+        t0 = (tl.cdiv(T, GROUP) - 1 - i) * GROUP
         t64 = zero + t0
-        h = tl.load(kept + ((row * groups + t0 // GROUP) * N + n[None, :]) * E + e[:, None], mask=real, other=0.0)
+        begin = t0 // EVERY * EVERY
+        h = tl.load(kept + ((row * groups + t0 // EVERY) * N + n[None, :]) * E + e[:, None], mask=real, other=0.0)
+        for s0 in tl.range(begin, t0, GROUP, num_stages=1):  # from the kept state to the group
+            xs = _rows(u, zero + s0, u_step, T, GROUP)
+            ds = _rows(dt, zero + s0, dt_step, T, GROUP)
+            for k in tl.static_range(GROUP):
+                delta = tl.where(s0 + k < length, softplus(ds[k].to(tl.float32) + bias), 0.0)
+                b = _states(B + (row * T + s0 + k) * N, N, NP)
+                if STARTS:
+                    h = tl.load(at_first, mask=real & (tl.load(starts + row * T + s0 + k) != 0), other=h)
+                h = tl.exp2(delta[:, None] * rate) * h + (delta * xs[k].to(tl.float32))[:, None] * b[None, :]
         xs = _rows(u, t64, u_step, T, GROUP)
         ds = _rows(dt, t64, dt_step, T, GROUP)
         at_gate = gate + t64 * gate_step
@@ -187,20 +198,16 @@ def _backward_kernel(
         next_dout = tl.load(at_dy + last * dy_step, mask=real_e & (t0 + last < T), other=0.0)
         at_B = B + (row * T + t64) * N
         at_C = C + (row * T + t64) * N
-        # the states of this group once more; hs: in front of each step and behind the last
+        # the states of this group once more; hs: in front of each step, unless a document starts there
         deltas, hs = (), ()
         for k in tl.static_range(GROUP):
             t = t0 + k
-            step = tl.minimum(t, T - 1) - t0
+            b = _states(at_B + (tl.minimum(t, T - 1) - t0) * N, N, NP)
             delta = tl.where(t < length, softplus(ds[k].to(tl.float32) + bias), 0.0)
+            deltas, hs = deltas + (delta,), hs + (h,)
             if STARTS:
-                new = tl.load(starts + row * T + t, mask=t < T, other=0) != 0
-                hs = hs + (h,)
-                h = tl.load(at_first, mask=real & new, other=h)
-            else:
-                hs = hs + (h,)
-            deltas = deltas + (delta,)
-            h = tl.exp2(delta[:, None] * rate) * h + (delta * xs[k].to(tl.float32))[:, None] * _states(at_B + step * N, N, NP)[None, :]
+                h = tl.load(at_first, mask=real & (tl.load(starts + row * T + t, mask=t < T, other=0) != 0), other=h)
+            h = tl.exp2(delta[:, None] * rate) * h + (delta * xs[k].to(tl.float32))[:, None] * b[None, :]
         sums = tl.zeros((LINES, NP), tl.float32)
         out = (row * T + t64) * E + e
         for k in tl.static_range(GROUP - 1, -1, -1):
@@ -255,10 +262,7 @@ def _backward_kernel(
 
 @triton.jit
 def _add_row(sums, x, line: tl.constexpr, PARTS: tl.constexpr):
-    """Add the sum of x (BE, NP) over channels to one line of sums (16, NP): a product with a matrix of one line of ones.
-
-    bfloat16 holds a float32 in three parts
-    """
+    """Add the sum of x (BE, NP) over channels to one line of sums (LINES, NP), by a matrix with ones in that line."""
     ones = tl.full((LINES, x.shape[0]), 1.0, FACTOR)
     pick = tl.where((tl.arange(0, LINES) == line)[:, None], ones, 0.0).to(FACTOR)
     for part in tl.static_range(PARTS):
@@ -370,7 +374,7 @@ def scan_backward(
         u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
         du, ddt, dgate, dBC, dbias, dA, dD, dstate,
         rows, T, E, *_strides(u, dt, gate), _state_row(state), *_strides(dy), triton.cdiv(T, GROUP), 1,
-        N=N, NP=max(16, triton.next_power_of_2(N)), GROUP=GROUP, BE=CHANNELS,
+        N=N, NP=max(16, triton.next_power_of_2(N)), EVERY=GROUP, GROUP=BACKWARD_GROUP, BE=CHANNELS,
         STARTS=starts is not None, LENGTHS=lengths is not None, PARTS=3 if u.dtype == torch.float32 else 1,
         num_warps=1,
     )  # fmt: skip

@@ -1,0 +1,214 @@
+"""The Triton kernels compute what `ops.reference` defines: on a GPU, or in Triton's interpreter on a machine without.
+
+Tolerances as in `test_ops.py`, but for bfloat16 in the interpreter, which cuts numbers off where a GPU rounds them, at
+twice the error. The interpreter runs every program in turn, so sizes are small: odd ones, that cross
+tiles and groups. It needs the package `triton`, which PyTorch brings along on machines with a GPU only.
+"""
+
+import os
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+triton = pytest.importorskip("triton", reason="the Triton kernels need the package `triton`")
+
+import triton.language as tl  # noqa: E402
+from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
+
+from hymba.ops import gpu, reference  # noqa: E402
+from hymba.ops.gpu import decode, flex, step  # noqa: E402
+from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
+
+BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+@triton.jit
+def _count(x, n):
+    for i in range(0, n):
+        tl.store(x + i, i)
+
+
+def _interpreter_works() -> bool:
+    x = torch.zeros(3, dtype=torch.int32)
+    try:
+        _count[(1,)](x, 3)
+    except Exception:  # an interpreter that is older than this NumPy
+        return False
+    return x.tolist() == [0, 1, 2]
+
+
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and not _interpreter_works(), reason="this Triton's interpreter does not run with this NumPy"
+)
+
+
+def on_device(x):
+    if isinstance(x, list | tuple):
+        return KeyValue(*map(on_device, x)) if isinstance(x, KeyValue) else [on_device(y) for y in x]
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """`torch.empty` gives NaN, so that an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_as_reference(name: str, inputs: list, dtypes=(torch.float32, torch.bfloat16)) -> None:
+    for dtype in dtypes:
+        given = inputs if dtype == torch.float32 else [_bf16(x) for x in inputs]
+        expected = run(getattr(reference, name), given, torch.float32)
+        actual = run(getattr(gpu, name), on_device(given))
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_near(a.cpu(), b, FP32 if dtype == torch.float32 else BF16, f"{name} {dtype}, tensor {i}")
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "E", "N", "options"),
+    [
+        (1, 1, 5, 16, {}),
+        (2, 19, 40, 16, {}),
+        (3, 13, 33, 8, {"documents": True, "padded": True}),
+        (1, 37, 33, 5, {"shared": False, "documents": True}),  # several segments of time
+    ],
+)
+def test_scan(B, T, E, N, options):
+    torch.manual_seed(0)
+    assert_as_reference("selective_scan", scan_inputs(B, T, E, N, **options))
+
+
+def test_scan_is_repeatable():
+    torch.manual_seed(0)
+    inputs = on_device(scan_inputs(2, 19, 40, 16))
+    for a, b in zip(run(gpu.selective_scan, inputs), run(gpu.selective_scan, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_conv(documents):
+    torch.manual_seed(0)
+    starts = torch.rand(2, 21) < 0.3 if documents else None
+    assert_as_reference("causal_conv", [randn(2, 21, 13), randn(13, 4), randn(13), randn(1, 3, 13), starts])
+
+
+def test_norms():
+    torch.manual_seed(0)
+    x, y, v, w = randn(2, 7, 33), randn(2, 7, 33), randn(33), randn(33)
+    assert_as_reference("rms_norm", [x, v, 1e-6])
+    assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_of_one_query(window):
+    """Over meta tokens and a ring that rows have filled to different lengths."""
+    torch.manual_seed(0)
+    B, G, M, slots = 2, 2, 5, 21
+    lengths = torch.tensor([50, 3])
+    ring = KeyValue(randn(B, G, slots, 8), randn(B, G, slots, 16), stored_positions(lengths, slots, M))
+    meta = KeyValue(randn(1, G, M, 8), randn(1, G, M, 16), torch.arange(M)[None])
+    inputs = [randn(B, 6, 1, 8), lengths[:, None] - 1 + M, None, [meta, ring], window, M, 0.3]
+    expected = reference.attention(*inputs)
+    assert_near(
+        decode.decode_attention(*(on_device(x) for i, x in enumerate(inputs) if i != 2)).cpu(), expected, FP32, ""
+    )
+
+
+def queries_and_keys(case: str, T: int = 300, M: int = 20) -> tuple:
+    """positions, documents, positions of each source, documents of each"""
+    at, row = torch.arange(M + T)[None], torch.arange(T)
+    if case == "documents":
+        starts = torch.rand(2, T) < 0.02
+        starts[:, 0] = True
+        documents = starts.cumsum(1)
+        positions = M + row - torch.where(starts, row, 0).cummax(1).values
+        return positions, documents, (at[:, :M], positions), (None, documents)
+    if case == "ring":
+        lengths = torch.tensor([350, 90])
+        positions = M + lengths[:, None] + row
+        return positions, None, (at[:, :M], stored_positions(lengths, 101, M), positions), None
+    return at[:, M:], None, (at[:, :M], at[:, M:]), None
+
+
+@pytest.mark.parametrize("window", [None, 40, 200])
+@pytest.mark.parametrize("case", ["text", "documents", "ring"])
+def test_blocks_of_attention(case, window):
+    """Every visible pair lies in a block that is read, and a block that is read without a mask is visible whole."""
+    torch.manual_seed(0)
+    positions, documents, where, owners = queries_and_keys(case)
+    n_meta = where[0].shape[1]
+    mask = flex.block_mask(positions, where, documents, owners, window or flex.NO_WINDOW, n_meta)
+    rows, T, S = mask.shape[0], positions.shape[1], sum(x.shape[1] for x in where)
+    see = torch.cat([visible(positions, x, window, n_meta).expand(rows, -1, -1) for x in where], dim=2)
+    if documents is not None:
+        see[:, :, n_meta:] &= documents[:, :, None] == documents[:, None]
+    row, query, key = (torch.arange(n) for n in (rows, T, S))
+    allowed = mask.mask_mod(row[:, None, None], 0, query[:, None], key).expand(rows, -1, -1)
+    assert torch.equal(allowed, see)
+    size = flex.BLOCK
+    blocks = (
+        torch.nn.functional.pad(see, (0, -S % size, 0, -T % size)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    )
+    visible_somewhere, visible_whole = blocks.any(-1).any(2), blocks.all(-1).all(2)
+    masked, full = (
+        _chosen(count[:, 0], index[:, 0])
+        for count, index in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    )
+    assert not (visible_somewhere & ~(masked | full)).any()
+    assert not (full & ~visible_whole).any() and not (masked & full).any()
+    if case == "text":
+        assert torch.equal(masked | full, visible_somewhere)  # nothing is read for nothing
+
+
+def _chosen(count, index):
+    """count: (rows, n), index: (rows, n, m) -> (rows, n, m), whether a block is among the first `count`"""
+    listed = torch.arange(index.shape[2]) < count[..., None]
+    return torch.zeros(index.shape, dtype=torch.bool).scatter(2, index.long(), listed)
+
+
+@pytest.mark.parametrize("rows", [7, 130])
+def test_gemv(rows):
+    """A matrix-vector product with what stands before and after it folded in."""
+    torch.manual_seed(0)
+    K = 37
+    x, x2, w, up, v, v2, residual = (
+        on_device(randn(*s)) for s in ((K,), (K,), (rows, K), (rows, K), (K,), (K,), (rows,))
+    )
+    y = torch.empty(rows, device=DEVICE)
+
+    def check(expected, **options):
+        step.gemv(x, w, y.fill_(float("nan")), **options)
+        assert_near(y.cpu(), expected.cpu(), FP32, str(list(options)))
+
+    normed = reference.rms_norm(x, v, 1e-6)
+    check(w @ x)
+    check(w @ normed + residual, norm=v, eps=1e-6, residual=residual)
+    check(w @ reference.mean_of_norms(x, x2, v, v2, 1e-6), norm=v, eps=1e-6, mean_with=(x2, v2))
+    check(torch.nn.functional.silu(w @ normed) * (up @ normed), norm=v, eps=1e-6, up=up)
+    check(torch.relu(w @ x).square(), squared_relu=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+def test_training_step_as_plain_pytorch(monkeypatch):
+    from hymba import ops
+
+    monkeypatch.setattr(flex, "FEW", 0)
+    model = tiny_model().to(DEVICE)
+    ids = random_ids(2, 150).to(DEVICE)
+    documents = (torch.rand(2, 150, device=DEVICE) < 0.05).cumsum(1)
+    results = []
+    for backend in ("gpu", "torch"):
+        model.zero_grad()
+        with ops.use_backend(backend):
+            loss = model(ids, document_ids=documents, labels=ids)
+            loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b, 1e-4, "training step")  # float32 through all layers

@@ -84,6 +84,16 @@ def test_scan(B, T, E, N, options):
     assert_as_reference("selective_scan", scan_inputs(B, T, E, N, **options))
 
 
+@pytest.mark.parametrize("dt", [-80.0, -20.0, -7.0, 20.0, 1e4])
+def test_scan_at_extremes(dt):
+    """Steps that are all tiny have gradients of full precision."""
+    torch.manual_seed(0)
+    inputs = scan_inputs(1, 9, 17, 4)
+    inputs[1] = inputs[1] * 0.01 + dt
+    inputs[7] = inputs[7] * 100  # gates at which the exponential overflows
+    assert_as_reference("selective_scan", inputs, [torch.float32])
+
+
 def test_scan_is_repeatable():
     torch.manual_seed(0)
     inputs = on_device(scan_inputs(2, 19, 40, 16))

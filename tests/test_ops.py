@@ -398,6 +398,21 @@ def test_attention_of_large_scores(backend):
 # ---------------------------------------------------------------------------------------------------------- promises
 
 
+@pytest.mark.parametrize("module", [chunked, reference])
+def test_autocast_changes_nothing_inside(module):
+    """It would round the factors of products, and a score of bfloat16 cannot hold the value that masks one."""
+    torch.manual_seed(0)
+    for name, inputs in (
+        ("attention", attention_inputs(2, 4, 2, 9, 8, 16, 3, 4, documents=True)),
+        ("ssd", ssd_inputs(2, 9, 3, 4, 8)),
+    ):
+        plain = run(getattr(module, name), inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            auto = run(getattr(module, name), inputs)
+        for a, b in zip(auto, plain, strict=True):
+            assert torch.equal(a, b), name
+
+
 @needs_native
 def test_bit_equal_from_run_to_run_and_forward_for_any_threads(monkeypatch):
     from hymba.ops import native

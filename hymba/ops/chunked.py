@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hymba.ops.reference import causal_conv, mean_of_norms, rms_norm
+from hymba.ops.reference import causal_conv, float32_inside, mean_of_norms, rms_norm
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = ["attention", "causal_conv", "mean_of_norms", "rms_norm", "selective_scan", "ssd"]
@@ -111,6 +111,7 @@ def ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None) -> t
     return (y * F.silu(gate.float())).to(x.dtype), h
 
 
+@float32_inside
 def _ssd_segment(rate, drive, B, C, h, first, starts) -> tuple[Tensor, Tensor]:
     """The block decomposition of Dao and Gu (section 6): products within chunks, a recurrence from chunk to chunk.
 
@@ -183,6 +184,7 @@ def _span(see: Tensor) -> slice:
     return slice(int(keys[0]), int(keys[-1]) + 1) if len(keys) else slice(0, 0)
 
 
+@float32_inside
 def _attend(q, scale, *seen) -> Tensor:
     """seen: k, v (B or 1, G, S, d) and the mask (B or 1, T, S) of each source -> (B, T, H dv)"""
     B, _, T, _ = q.shape

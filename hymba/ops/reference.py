@@ -6,13 +6,25 @@ Kernels are optimisations of these functions and have their signatures. Gradient
     dk size of a query or key head, dv size of a value head; `ssd`: S heads of P channels
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.visibility import KeyValue, same_document, visible
+
+
+def float32_inside(function: Callable) -> Callable:
+    """Autocast would round the factors of matrix products: an operation decides about its types itself."""
+
+    @wraps(function)
+    def call(x: Tensor, *arguments):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *arguments)
+
+    return call
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,6 +160,7 @@ def ssd(
     return (y * F.silu(gate.float())).to(x.dtype), h
 
 
+@float32_inside
 def attention(
     q: Tensor,
     positions: Tensor,

@@ -54,3 +54,10 @@ def softplus(x):
     series = series * s + 2.0 / 3.0
     series = series * s + 2.0
     return series * z + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def softplus_slope(y):
+    """The derivative of softplus at the x where it is y: sigmoid(x) = 1 - exp(-y); a series where that would cancel."""
+    series = y * (1.0 - y * (1 / 2 - y * (1 / 6 - y * (1 / 24 - y * (1 / 120)))))
+    return tl.where(y < 0.125, series, 1.0 - tl.exp2(-LOG2E * y))

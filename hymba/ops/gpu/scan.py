@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, silu, softplus
+from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, silu, softplus, softplus_slope
 
 # steps in a group forward, and between the kept states; in a group backward, where states of all steps are in registers
 GROUP, BACKWARD_GROUP = 8, 4
@@ -240,8 +240,7 @@ def _backward_kernel(
                 if new:
                     tl.atomic_add(dstate + at_state, back, mask=real, sem="relaxed")  # nobody else adds here
                 back = tl.where(new, 0.0, back)
-            # softplus' = sigmoid = 1 - exp(-softplus); 0 in padding, where delta is 0
-            dpre = ddelta * (1.0 - tl.exp2(-LOG2E * delta))
+            dpre = ddelta * softplus_slope(delta)  # 0 in padding, where delta is 0
             dD_sum += dgated * x
             dbias_sum += dpre
             inside = real_e & (t < T)

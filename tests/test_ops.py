@@ -526,3 +526,35 @@ def test_kernels_run_in_a_forked_process():
 def test_other_types_and_devices_take_another_path():
     assert ops.backend(torch.ones(1, dtype=torch.float16)) is chunked
     assert ops.backend(torch.ones(1, device="meta")) is chunked
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize(("rows", "V"), [(1, 1), (3, 5), (7, 16), (33, 999), (2, 4099)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_and_its_gradient(backend, rows, V, dtype):
+    torch.manual_seed(rows)
+    logits = (5 * torch.randn(rows, V)).to(dtype)
+    targets = torch.randint(V, (rows,))
+    targets[rows // 2] = -100
+    logits[0, : V // 2] += 1e4  # exponentials far outside of float32
+    expected = logits.clone().float()
+    losses = reference.cross_entropy_(expected, targets, -100)
+    leaf = logits.float().requires_grad_()
+    plain = torch.nn.functional.cross_entropy(leaf, targets, ignore_index=-100, reduction="none")
+    plain.sum().backward()
+    assert_near(losses, plain.detach(), FP32, "the definition")
+    assert_near(expected, leaf.grad, FP32, "the definition's gradient")
+    ours = logits.clone()
+    assert_near(backend.cross_entropy_(ours, targets, -100), losses, FP32, "losses")
+    assert_near(ours, expected, FP32 if dtype == torch.float32 else ROUNDED, "gradient")
+
+
+@needs_native
+def test_cross_entropy_refuses_targets_outside_the_vocabulary():
+    from hymba.ops import native
+
+    for target in (-1, 7):
+        with pytest.raises(UserError, match="from 0 to 6"):
+            native.cross_entropy_(torch.zeros(1, 7), torch.tensor([target]), -100)

@@ -26,14 +26,11 @@ from hymba.errors import UserError
 from hymba.model.attention import Attention
 from hymba.model.cache import CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
+from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
 from hymba.model.mamba import Mamba, Mamba2
 from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
-
-# tokens whose logits the loss holds at a time: at 32001 entries, 131 MB in float32
-LOSS_CHUNK = 1024
-IGNORED_LABEL = -100
 
 
 class HybridHeads(nn.Module):
@@ -195,14 +192,8 @@ class Hymba(nn.Module):
 
         hidden: (B, T, D) as from `hidden`, targets: (B, T), -100 where there is none -> scalar, nats per target
         """
-
-        def total(hidden: Tensor, targets: Tensor) -> Tensor:
-            logits = self.lm_head(hidden).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum")
-
-        chunks = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(total, h, t, use_reentrant=False) for h, t in chunks]
-        return torch.stack(losses).sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
+        total = head_cross_entropy(self.lm_head, hidden.flatten(0, 1), targets.flatten())
+        return total / (targets != IGNORED_LABEL).sum().clamp(min=1)
 
     def hidden(
         self,

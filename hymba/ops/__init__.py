@@ -144,5 +144,9 @@ def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
 
 
-for _name in ("rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention"):
+def cross_entropy_(logits, targets, ignored):
+    return backend(logits).cross_entropy_(logits, targets, ignored)
+
+
+for _name in ("rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "cross_entropy_"):
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hymba.ops.reference import causal_conv, float32_inside, mean_of_norms, rms_norm
+from hymba.ops.reference import causal_conv, cross_entropy_, float32_inside, mean_of_norms, rms_norm
 from hymba.visibility import KeyValue, same_document, visible
 
-__all__ = ["attention", "causal_conv", "mean_of_norms", "rms_norm", "selective_scan", "ssd"]
+__all__ = ["attention", "causal_conv", "cross_entropy_", "mean_of_norms", "rms_norm", "selective_scan", "ssd"]
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats
 SEGMENT = 256

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hymba.errors import UserError
+from hymba.ops import reference
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
 from hymba.visibility import KeyValue
 
@@ -419,3 +421,21 @@ def attention(q, positions, documents, sources: Sequence[KeyValue], window, n_me
         parts = [getattr(source, name) for name in KeyValue._fields for source in sources]
         return _Attention.apply(q, positions, documents, window, n_meta, scale, len(sources), *parts)
     return attention_forward(q, positions, documents, sources, window, n_meta, scale, False)[0]
+
+
+# ---- loss
+
+
+def cross_entropy_(logits, targets, ignored: int) -> Tensor:
+    if logits.stride(1) != 1:
+        return reference.cross_entropy_(logits, targets, ignored)
+    rows, V = logits.shape
+    targets = _ids(targets)
+    if bool(((targets != ignored) & ((targets < 0) | (targets >= V))).any()):
+        raise UserError(f"a target is neither from 0 to {V - 1} nor {ignored}, which stands for none")
+    losses = torch.empty(rows)
+    call(
+        "cross_entropy", DTYPES[logits.dtype], _threads(logits.numel() * 4), rows, V, logits.data_ptr(),
+        logits.stride(0), targets.data_ptr(), ignored, losses.data_ptr(),
+    )  # fmt: skip
+    return losses

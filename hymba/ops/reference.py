@@ -194,3 +194,18 @@ def attention(
         y = y + torch.einsum("bgrts,bgsd->btgrd", weights[..., first : first + S], value)
         first += S
     return y.flatten(2).to(q.dtype)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Cross entropy in nats; the logits become the gradient of its sum. Has no gradient of its own.
+
+    logits: (T, V), targets: (T,) int64, `ignored` where there is none: no loss, a gradient of zero -> (T,) float32
+    """
+    counts = targets != ignored
+    index = targets.where(counts, 0)[:, None]
+    log_p = logits.float().log_softmax(-1)
+    at_target = log_p.gather(-1, index)
+    losses = -at_target[:, 0]
+    gradient = log_p.exp().scatter_add(-1, index, torch.full_like(at_target, -1.0))
+    logits.copy_(gradient.where(counts[:, None], 0.0))
+    return losses.where(counts, 0.0)

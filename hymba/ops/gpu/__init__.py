@@ -17,6 +17,7 @@ from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.norm import mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
+from hymba.ops.reference import cross_entropy_  # noqa: F401
 from hymba.visibility import KeyValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

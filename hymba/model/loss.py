@@ -1,0 +1,67 @@
+"""Cross entropy of a linear layer's outputs, without ever holding the logits of a long text.
+
+The logits of a chunk of tokens are computed, turned into their gradient in place, and multiplied on to the gradients of
+hidden states and weight, all in the forward pass: nothing is kept but those two, and nothing is computed twice. (The
+idea is that of Liger Kernel's fused linear cross entropy; Hsu et al., arXiv 2410.10989.)
+
+    T tokens, D model width, V vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hymba import ops
+
+# tokens whose logits are held at a time: at 32001 entries, 131 MB in float32
+CHUNK = 1024
+IGNORED_LABEL = -100
+
+
+def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of head(hidden) with targets, in nats.
+
+    head: as `nn.Linear`, hidden: (T, D), targets: (T,) int64, -100 where there is none -> float32 scalar
+    """
+    # a head that is not just a product (quantised, adapted, sharded by hooks) is called, and called again backwards
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+
+        def total(hidden: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+
+        chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        return torch.stack([checkpoint(total, h, t, use_reentrant=False) for h, t in chunks]).sum()
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, head.weight, targets)
+    return _run(hidden, head.weight, targets, False, False)[0]
+
+
+def _run(hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool):
+    """-> loss, gradient of hidden or None, of weight or None"""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        w, losses, d_hidden, d_weight = weight.to(dtype), [], [], None
+        for h, t in zip(hidden.to(dtype).split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = F.linear(h, w)
+            losses.append(ops.cross_entropy_(logits, t, IGNORED_LABEL).sum())
+            if for_hidden:
+                d_hidden.append(logits @ w)
+            if for_weight:  # chunks are added up in the weight's own precision
+                part = logits.T @ h
+                d_weight = part.to(weight.dtype) if d_weight is None else d_weight.add_(part)
+        return torch.stack(losses).sum(), torch.cat(d_hidden).to(hidden.dtype) if for_hidden else None, d_weight
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        loss, *gradients = _run(hidden, weight, targets, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return (*(None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors), None)

@@ -12,4 +12,4 @@ library=$("$python" hymba/csrc/build.py --output "$objects/libhymba.so" --object
 HYMBA_LIBRARY=$library \
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)" \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py -k native "$@"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_native_decode.py tests/test_quant.py -k "native or quant" "$@"

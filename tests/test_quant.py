@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 
 from hymba import Hymba, UserError
-from hymba.model.quant import QuantMatrix, matrices, quantisation, quantize_
+from hymba.model.quant import QuantLinear, QuantMatrix, matrices, quantisation, quantize_
 
 # signal to noise of normally distributed weights, in power: 8 bits with one scale a row, 4 bits with one for 32 inputs
 NOISE = {8: 2e-4, 4: 1.2e-2}
@@ -80,3 +80,17 @@ def test_mistakes(tmp_path):
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "quantization"}))
     with pytest.raises(UserError, match="not part of this model"):
         Hymba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(33, 70), (48, 32), (100, 1600)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_does_not_depend_on_threads_or_on_other_rows(rows, cols, bits):
+    torch.manual_seed(0)
+    layer = QuantLinear(QuantMatrix.quantise(torch.randn(rows, cols), bits))
+    x, before = torch.randn(70, cols), torch.get_num_threads()
+    expected = layer(x)
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        alone = [layer(part) for part in x.split([1, 2, 5, 9, 33, 20])]  # every kind of tile
+        torch.set_num_threads(before)
+        assert torch.equal(torch.cat(alone), expected)

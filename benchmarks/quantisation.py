@@ -1,6 +1,6 @@
 """What weights of 8 and 4 bits cost in quality: KL divergence of the predictions, and perplexity, on a text.
 
-python benchmarks/quantisation.py hymba/assets/hymba-austen data/austen/persuasion.txt
+python benchmarks/quantisation.py hymba-austen data/austen/persuasion.txt
 """
 
 import argparse
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hymba import Hymba, Tokenizer
+from hymba.convert import resolve
 from hymba.evals import score_text, windows
 from hymba.model.hymba import IGNORED_LABEL
 from hymba.model.quant import NAMES, quantize_
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_pretrained(arguments.model)
+    tokenizer = Tokenizer.from_pretrained(resolve(arguments.model))
     ids = torch.tensor(tokenizer.encode(text))
     inputs, targets = (x[:: max(1, len(x) // KL_ROWS)] for x in windows(ids, LENGTH, LENGTH))
     counted = targets != IGNORED_LABEL

@@ -128,7 +128,7 @@ MISTAKES = {
     "unknown verb": (["sing"], "sing", "generate", "chat"),
     "unknown option": (["generate", "--loud", "x"], "--loud"),
     "no verb but an option": (["--loud"], "--loud", "hymba --help"),
-    "argument missing": (["convert"], "MODEL"),
+    "argument missing": (["convert"], "SOURCE"),
     "no number": (["generate", "-m", "{model}", "--max-tokens", "many", "x"], "--max-tokens", "many"),
     "temperature": (["generate", "-m", "{model}", "--temperature", "-1", "x"], "temperature", "-1"),
     "nan": (["generate", "-m", "{model}", "--top-p", "nan", "x"], "top_p"),

@@ -406,10 +406,13 @@ def test_autocast_changes_nothing_inside(module):
         ("attention", attention_inputs(2, 4, 2, 9, 8, 16, 3, 4, documents=True)),
         ("ssd", ssd_inputs(2, 9, 3, 4, 8)),
     ):
-        plain = run(getattr(module, name), inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            auto = run(getattr(module, name), inputs)
-        for a, b in zip(auto, plain, strict=True):
+        function = getattr(module, name)
+
+        def under_autocast(*inputs, function=function):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(*inputs)
+
+        for a, b in zip(run(under_autocast, inputs), run(function, inputs), strict=True):
             assert torch.equal(a, b), name
 
 

@@ -70,9 +70,7 @@ def list_arms(study_file: str | None, as_json: bool) -> None:
 @click.option("--seeds", metavar="0,1", help="Which of the study's; the first one always.  [default: all]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda; auto: the GPU if any.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs side by side.")
-def run(
-    study_file: str, output: Path | None, arms: str | None, seeds: str | None, device: str, jobs: int
-) -> None:  # fmt: skip
+def run(study_file: str, output: Path | None, arms: str | None, seeds: str | None, device: str, jobs: int) -> None:
     """Train and test all arms, or go on where an earlier call stopped: the same command does both.
 
     Every arm is trained at each learning rate on the first seed, and at the best of them on the others. Then all arms
@@ -97,15 +95,19 @@ def run(
         [_number(seed) for seed in seeds.split(",")] if seeds else loaded.seeds,
         device,
     )
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        runner.begin()
+        if runner.pending():
+            print(_line(TITLES), flush=True)
     try:
         if together:
             runner.run_together(_show)
         else:
-            runner.begin()
             runner.run(jobs, job, _show)
     except Interrupted:
         raise click.Abort from None  # all is saved
-    if int(os.environ.get("RANK", 0)) == 0:
+    if first:
         runner.measure(job)
         print(f"{runner.path}: show it with `hymba study report {runner.folder}`")
 
@@ -138,8 +140,6 @@ def _show(record: dict, number: int, total: int, say: Callable[[str], object]) -
     """A line of the table of finished runs."""
     from hymba.study.results import recall
 
-    if number == 1:
-        say(_line(TITLES))
     if "failed" in record:
         result = ("diverged", "", "")
     else:

@@ -55,7 +55,7 @@ class Order:
     folder: Path  # of the study
     sources: tuple[Source, ...]
     device: str
-    threads: int  # 0: PyTorch's own choice
+    threads: int | None = None  # None: as many as there are
 
 
 class Interrupted(Exception):
@@ -135,7 +135,7 @@ class Runner:
         """
         sources = tuple(data.make(self.study, self.folder / "data", job).sources)
         order = lambda run: Order(  # noqa: E731
-            self.study, run, self.folder, sources, self.device, torch.get_num_threads() // jobs if jobs > 1 else 0
+            self.study, run, self.folder, sources, self.device, max(1, torch.get_num_threads() // jobs)
         )
         with job("training", self.total * self.steps, "steps") as bar, _pool(jobs) as pool:
             bar.advance(self.done * self.steps)
@@ -165,12 +165,11 @@ class Runner:
         dist.init_process_group(backend(torch.device(_device(self.device))))
         try:
             if first:
-                self.begin()
                 data.make(self.study, self.folder / "data")
             dist.barrier()
             sources = tuple(data.make(self.study, self.folder / "data").sources)
             while pending := self.pending():
-                record = work(Order(self.study, pending[0], self.folder, sources, self.device, 0))
+                record = work(Order(self.study, pending[0], self.folder, sources, self.device))
                 if record is None:
                     raise Interrupted
                 if first:
@@ -199,7 +198,7 @@ def work(order: Order) -> Record | None:
     """Train and test one run -> its record; None if a signal ended it."""
     study, run = order.study, order.run
     folder = order.folder / "runs" / run.folder
-    if order.threads:
+    if order.threads is not None:
         torch.set_num_threads(order.threads)
     built, device = study.build(run.arm), _device(order.device)
     config = study.training(built, run.lr, run.seed, list(order.sources), device)
@@ -306,8 +305,12 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (context.Value("i", 0),))
     try:
         yield pool
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # the trainer saves before it ends
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # a signal has told the workers, too: they save and return
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker(counter) -> None:

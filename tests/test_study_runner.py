@@ -132,6 +132,7 @@ def test_a_study_runs_once_and_can_be_extended(file, monkeypatch, capsys):
         assert line["lr"] == min(losses, key=losses.get)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_ends_as_if_nothing_had_been(file, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     run_here(monkeypatch, str(file), "-o", str(whole), "--arms", "hymba")

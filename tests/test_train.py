@@ -103,7 +103,7 @@ def test_unknown_keys_and_wrong_values_are_refused(corpus):
     refused(lambda: config_file.from_table(table | {"dropout": 1.0}), "dropout=1.0 must be from 0 to below 1")
     refused(lambda: config_file.from_table(table | {"stages": []}), "no stage")
     refused(lambda: config_file.from_table(table | {"stages": [{"length": 8}]}), "stages.0.sources is missing")
-    refused(lambda: config_file.from_table({k: v for k, v in table.items() if k != "stages"}), "stages are missing")
+    refused(lambda: config_file.from_table({k: v for k, v in table.items() if k != "stages"}), "stages is missing")
     long = {"stages": [{"sources": [corpus], "tokens": 9, "length": 129}]}
     refused(lambda: config_file.from_table(table | long), "stages.0.length=129", "max_length=128")
 

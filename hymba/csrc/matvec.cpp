@@ -376,7 +376,8 @@ void panel_tile(const uint8_t* w, int64_t bytes, const Quantised& q, int64_t b, 
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
 #pragma GCC unroll 4
-      for (int i = 0; i < B; i++) total[c][i] += __builtin_convertvector((vi)s[c][i], vf) * q.scale[at + c];
+      for (int i = 0; i < B; i++)  // fused whatever the compiler does, so that block_tile gives the same bits
+        total[c][i] = (vf)_mm512_fmadd_ps(_mm512_cvtepi32_ps(s[c][i]), _mm512_set1_ps(q.scale[at + c]), (__m512)total[c][i]);
   }
 #pragma GCC unroll 4
   for (int c = 0; c < C; c++)

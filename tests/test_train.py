@@ -289,8 +289,7 @@ def test_validation_is_the_mean_over_the_split_with_averaged_weights(corpus, und
     assert last["bits_per_byte"] == pytest.approx(data.bits_per_byte(nats), rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 6, 10])
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (6, signal.SIGINT), (10, signal.SIGTERM)])
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(corpus, undisturbed, tmp_path, monkeypatch, step, number):
     with monkeypatch.context() as patch:
         die_after(patch, step, number)

@@ -215,7 +215,6 @@ def from_table(table: Mapping[str, Any]) -> TrainConfig:
     if not isinstance(model, dict):
         raise UserError("model must be a table: [model]")
     values = read_values(TrainConfig, table, "", without=("model", "checkpoint"))
-    _require("stages" in values, "stages", "are missing; write [[stages]] with sources, tokens and length")
     config, checkpoint = read_model(dict(model), values["stages"])
     return TrainConfig(model=config, checkpoint=checkpoint, **values)
 

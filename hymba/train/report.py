@@ -151,7 +151,7 @@ def _package(name: str, module: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise UserError(f"run.{name} needs the package {name}: pip install {name}") from None
+        raise UserError(f"run.{name} needs the package {name}; install it (pip install {name})") from None
 
 
 class Stopwatch:

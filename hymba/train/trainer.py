@@ -101,6 +101,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, world: World):
         self.config, self.folder, self.world = config, folder, world
+        if world.sharded and config.optimizer.name == "muon":
+            raise UserError("optimizer.name='muon' needs whole matrices; use run.parallel='ddp', or adamw")
         self.schedule = Schedule(config)
         self.tokenizer = _common_tokenizer(config)
         self.model = _initial_model(config).to(world.device).train()
@@ -384,6 +386,8 @@ class Trainer:
                 kept = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(kept)
+            if self.world.sharded:  # embedding and norm stay gathered after a forward pass, now with old values
+                self.model.reshard()
 
     def _whole_model(self) -> Hymba:
         """The model, put together from its shards if there are any; all processes must ask."""

@@ -1,12 +1,14 @@
-"""Time of a training step, forward and backward, next to a `transformers` Llama of the same parameter count.
+"""Throughput of a training step next to a `transformers` Llama of the same parameter count, and where it stands.
 
     python benchmarks/training.py
     python benchmarks/training.py --shape 10M --precision float32 --batch 16 --length 512 --repeats 9
 
-Needs `transformers`. Both models get random weights, the same tokens, and float32 parameters (bfloat16: under
-autocast); Llama runs with scaled dot product attention, and as deep, wide and with as many heads as ours; its MLP is as
-wide as it takes to have as many parameters. Steps alternate in one process, so that both see the same machine; ratios
-are medians of neighbouring steps. Ends with one JSON line.
+Needs `transformers`. Both models get random weights, the same tokens, float32 parameters (bfloat16: under autocast) and
+the trainer's optimiser, AdamW, with clipping; Llama runs with scaled dot product attention, and as deep, wide and with
+as many heads as ours; its MLP is as wide as it takes to have as many parameters. Steps alternate in one process, so
+that both see the same machine; ratios are medians of neighbouring steps. The share of the peak is operations (matrix
+products and visible attention pairs, forward and twice that backward) over time and over what a large product of the
+same precision does just before the step. Ends with one JSON line.
 """
 
 import argparse
@@ -23,6 +25,9 @@ from hymba import HymbaConfig, cost
 from hymba.bench.suite import machine
 from hymba.bench.workloads import random_model
 from hymba.config import share_kv_in_pairs
+from hymba.train.config import Optimizer
+from hymba.train.optim import make_optimizers
+from hymba.train.speed import peak_operations
 
 SHAPES = {
     "10M": HymbaConfig(
@@ -50,38 +55,83 @@ def llama(c: HymbaConfig) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).train()
 
 
-def step(model: torch.nn.Module, loss: Callable[[Tensor], Tensor], ids: Tensor, precision: str) -> float:
-    """-> seconds of one forward and backward pass"""
-    model.zero_grad(set_to_none=True)
-    began = time.perf_counter()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        value = loss(ids)
-    value.backward()
-    return time.perf_counter() - began
+class Contestant:
+    """A model, its optimiser, and what its steps took."""
+
+    def __init__(self, model: torch.nn.Module, loss: Callable[[Tensor], Tensor], operations: float):
+        """operations: of a step, forward and backward"""
+        self.model, self.loss, self.operations = model, loss, operations
+        self.optimizer = make_optimizers(model, Optimizer())[0]
+        self.passes: list[float] = []  # seconds of forward and backward
+        self.steps: list[float] = []  # with clipping and the optimiser
+        self.shares: list[float] = []  # of the matrix product's peak
+
+    def step(self, ids: Tensor, precision: str) -> None:
+        peak = peak_operations(ids.device, precision)
+        self.model.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            value = self.loss(ids)
+        value.backward()
+        self.passes.append(time.perf_counter() - began)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.steps.append(time.perf_counter() - began)
+        self.shares.append(self.operations / self.steps[-1] / peak)
+
+    def forget(self) -> None:
+        for times in (self.passes, self.steps, self.shares):
+            times.clear()
 
 
 def compare(shape: str, precision: str, batch: int, length: int, repeats: int) -> dict[str, object]:
-    config = SHAPES[shape]
+    config, tokens = SHAPES[shape], batch * length
     torch.manual_seed(0)
     ours, theirs = random_model(config, "float32").requires_grad_(True).train(), llama(config)
     ids = torch.randint(1, config.vocab_size, (batch, length))
+    parameters = {"hymba": sum(p.numel() for p in ours.parameters()), "llama": theirs.num_parameters()}
+    # every weight multiplies every token, the tied embedding as LM head; a query sees (length + 1) / 2 keys
+    llama_operations = 3 * tokens * (2 * parameters["llama"] + 2 * config.n_layers * config.d_model * (length + 1))
+    hymba_operations = tokens * cost.training_operations(config, length)
     runs = {
-        "hymba": (ours, lambda ids: ours(ids, labels=ids)),
-        "llama": (theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss),
+        "hymba": Contestant(ours, lambda ids: ours(ids, labels=ids), hymba_operations),
+        "llama": Contestant(theirs, lambda ids: theirs(input_ids=ids, labels=ids).loss, llama_operations),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
-        for name, (model, loss) in runs.items():
-            seconds = step(model, loss, ids, precision)
-            if repeat:
-                times[name].append(seconds)
-    ratios = [h / t for h, t in zip(times["hymba"], times["llama"], strict=True)]
+        for run in runs.values():
+            run.step(ids, precision)
+            if not repeat:
+                run.forget()
+
+    def ratio(kind: str) -> dict[str, float]:
+        pairs = [h / t for h, t in zip(getattr(runs["hymba"], kind), getattr(runs["llama"], kind), strict=True)]
+        return {"median": round(statistics.median(pairs), 3), "from": round(min(pairs), 3), "to": round(max(pairs), 3)}
+
     return {
-        "shape": shape, "precision": precision, "batch": batch, "length": length,
-        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, (model, _) in runs.items()},
-        **{f"{name}_ms": round(1e3 * statistics.median(t), 1) for name, t in times.items()},
-        "ratio": round(statistics.median(ratios), 3), "ratio_from_to": [round(min(ratios), 3), round(max(ratios), 3)],
+        "shape": shape, "precision": precision, "batch": batch, "length": length, "parameters": parameters,
+        **{
+            name: {
+                "forward_backward_ms": round(1e3 * statistics.median(run.passes), 1),
+                "tokens_per_s": round(tokens / statistics.median(run.steps)),
+                "share_of_peak": round(statistics.median(run.shares), 3),
+            }
+            for name, run in runs.items()
+        },
+        "forward_backward_ratio": ratio("passes"), "step_ratio": ratio("steps"),
     }  # fmt: skip
+
+
+def line(r: dict) -> str:
+    parts = [f"{r['shape']} {r['precision']}, {r['batch']} x {r['length']} tokens"]
+    for name in ("hymba", "llama"):
+        x = r[name]
+        parts.append(
+            f"{name} {x['forward_backward_ms']} ms, {x['tokens_per_s']} tokens/s, {x['share_of_peak']:.0%} of the peak"
+        )
+    for name in ("forward_backward_ratio", "step_ratio"):
+        x = r[name]
+        parts.append(f"{name.replace('_', ' ')} {x['median']} ({x['from']}-{x['to']})")
+    return "; ".join(parts)
 
 
 def main() -> None:
@@ -96,13 +146,7 @@ def main() -> None:
     for shape in a.shape or SHAPES:
         for precision in a.precision or ("bfloat16", "float32"):
             rows.append(compare(shape, precision, a.batch, a.length, a.repeats))
-            r = rows[-1]
-            print(
-                f"{shape} {precision}, {a.batch} x {a.length} tokens: "
-                f"hymba {r['hymba_ms']} ms, llama {r['llama_ms']} ms, "
-                f"ratio {r['ratio']} ({r['ratio_from_to'][0]}-{r['ratio_from_to'][1]})",
-                flush=True,
-            )
+            print(line(rows[-1]), flush=True)
     print(json.dumps({"machine": machine(), "transformers": transformers.__version__, "rows": rows}))
 
 

@@ -60,7 +60,7 @@ class Settings:
     validation_fraction: float = 0.0  # share of the documents that become the validation split, drawn by their text
     format: str | None = None  # text, jsonl or parquet, whatever the names of the files say
     field: str = "text"  # name of the text in a JSONL line or a table
-    split_on: str | None = None  # what stands between the documents of a text file, e.g. '<|endoftext|>' or '\\n\\n'
+    split_on: str | None = None  # what stands between the documents of a text file, e.g. '<|endoftext|>' or '\n\n'
     seed: int = 0  # of the draw for the validation split
     shard_tokens: int = 2**26  # a shard is closed when it has so many
 

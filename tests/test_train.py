@@ -226,6 +226,21 @@ def test_accumulation_changes_nothing(corpus, tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=2e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_is_the_same_step(corpus, tmp_path):
+    run = Run(device="cuda", log_every=4)
+    config = make_config(corpus, dropout=0.0, run=run)
+    train(config, tmp_path / "eager")
+    train(replace(config, run=replace(run, graph=True)), tmp_path / "graph")
+    assert losses(tmp_path / "graph") == losses(tmp_path / "eager")
+
+
+def test_a_graph_without_a_gpu_is_refused(corpus, tmp_path):
+    config = make_config(corpus, run=Run(device="cpu", graph=True))
+    refused(lambda: train(config, tmp_path / "run"), "run.graph needs a GPU")
+
+
 def test_dropout_is_for_training_only(corpus):
     model, ids = tiny_model(), torch.arange(1, 33)[None]
     expected = model(ids)

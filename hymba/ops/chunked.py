@@ -30,7 +30,7 @@ QUERIES = 128
 
 def _recomputed(function, *args):
     if torch.is_grad_enabled():
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is random
     return function(*args)
 
 
@@ -177,8 +177,8 @@ def attention(q, positions, documents, sources: Sequence[KeyValue], window, n_me
 
 def _span(see: Tensor) -> slice:
     """see: (B, T, S) bool -> from the first to the last key that any query sees; all of them in a compiled graph, whose
-    shapes cannot depend on values"""
-    if torch.compiler.is_compiling():
+    shapes cannot depend on values, and on a GPU, which would have to be waited for"""
+    if torch.compiler.is_compiling() or see.is_cuda:
         return slice(0, see.shape[2])
     keys = see.any(0).any(0).nonzero()
     return slice(int(keys[0]), int(keys[-1]) + 1) if len(keys) else slice(0, 0)

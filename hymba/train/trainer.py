@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from hymba.train.card import write_final
 from hymba.train.checkpoint import Checkpoints
 from hymba.train.config import TrainConfig
 from hymba.train.data import IGNORED_LABEL, Corpus, Rows, TrainingRows, ValidationRows
+from hymba.train.graph import Recorded
 from hymba.train.optim import allocate_state, make_optimizers, set_lr, state_tensors
 from hymba.train.parallel import World, whole
 from hymba.train.report import LOG, Report, Stopwatch, peak_memory, read_log
@@ -103,6 +105,8 @@ class Trainer:
         self.config, self.folder, self.world = config, folder, world
         if world.sharded and config.optimizer.name == "muon":
             raise UserError("optimizer.name='muon' needs whole matrices; use run.parallel='ddp', or adamw")
+        if config.run.graph and (world.device.type != "cuda" or world.size > 1):
+            raise UserError("run.graph needs a GPU, and one process; leave it out here")
         self.schedule = Schedule(config)
         self.tokenizer = _common_tokenizer(config)
         self.model = _initial_model(config).to(world.device).train()
@@ -112,6 +116,7 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile()
         self.forward = world.wrap(self.model)
+        self._recorded: dict[torch.Size, Recorded] = {}
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(self.model, config.optimizer)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
@@ -174,6 +179,9 @@ class Trainer:
         targets, stop = self.world.sum([sum(count for _, count in parts), self.signal is not None])
         torch.manual_seed(self.config.seed + STEP_SEED * (step.number + 1) + RANK_SEED * self.world.rank)  # for dropout
         loss = torch.zeros((), device=self.world.device)
+        if self.config.run.graph and len(parts) == 1:
+            loss = self._replay(parts[0][0])
+            parts = []
         for i, (rows, count) in enumerate(parts):
             share = count / max(1.0, targets)
             with self.world.accumulate(self.model, last=i + 1 == len(parts)):
@@ -190,6 +198,13 @@ class Trainer:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         self._unread.append((step, loss, norm))
         return stop > 0
+
+    def _replay(self, rows: Rows) -> Tensor:
+        """The loss of a whole batch, and its gradients, by a CUDA graph."""
+        shape = rows.input_ids.shape
+        if shape not in self._recorded:
+            self._recorded[shape] = Recorded(partial(self._loss, self.model), self.parameters, rows)
+        return self._recorded[shape](rows).clone()
 
     def _loss(self, model, rows: Rows) -> Tensor:
         with self._precision():

@@ -25,6 +25,8 @@ NO_WINDOW = 2**30
 EVERYBODY = -1  # the document of keys that every document sees
 # pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
 FEW = 2**20
+# the same for rows of so few keys that blocks leave out little
+SHORT, MANY = 640, 16
 
 
 def attention(
@@ -38,7 +40,8 @@ def attention(
 ) -> Tensor:
     (B, H, T, _), S = q.shape, sum(source.k.shape[2] for source in sources)
     compiling = torch.compiler.is_compiling()
-    if not compiling and B * T * S <= FEW:
+    pairs, few = B * T * S, FEW * MANY if S <= SHORT else FEW
+    if not compiling and pairs <= few:
         return chunked.attention(q, positions, documents, sources, window, n_meta, scale)
     k, v = (torch.cat([x.to(q.dtype).expand(B, -1, -1, -1) for x in parts], dim=2) for parts in zip(
         *(source[:2] for source in sources), strict=True))  # fmt: skip

@@ -1,6 +1,7 @@
 """How fast the machine could be: the peak that model FLOPs utilisation (MFU; PaLM, arXiv 2204.02311) is a share of."""
 
 import time
+from functools import lru_cache
 
 import torch
 
@@ -25,11 +26,17 @@ GEMM_REPEATS = 5
 def peak_operations(device: torch.device, precision: str) -> float:
     """Operations a second of the device's matrix products: from the table, or else the fastest product measured now."""
     dtype = getattr(torch, precision)
-    if device.type == "cuda" and dtype is torch.bfloat16:
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peak in GPU_PEAKS.items():
-            if known in name:
+            if dtype is torch.bfloat16 and known in name:
                 return peak
+        return _fastest_product(device, dtype)
+    return _fastest_product.__wrapped__(device, dtype)
+
+
+@lru_cache  # of a GPU; of a CPU, which others share, the next measurement may find more
+def _fastest_product(device: torch.device, dtype: torch.dtype) -> float:
     n = GEMM_SIZE.get(device.type, 2048)
     a = torch.ones(n, n, dtype=dtype, device=device)
     fastest = float("inf")

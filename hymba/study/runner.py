@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ RESULTS = "results.jsonl"
 OUTPUT = "output.log"  # in a run's folder: what the trainer said
 CURVE = 200  # points that are kept of a loss curve
 POLL = 2.0  # seconds between two looks at runs in progress
+
+_gpu: int | None = None  # of this process, where several share the runs
 
 
 # called after each run with its record, the number of finished runs, that of all, and how to print
@@ -202,6 +204,8 @@ def work(order: Order) -> Record | None:
         torch.set_num_threads(order.threads)
     built, device = study.build(run.arm), _device(order.device)
     config = study.training(built, run.lr, run.seed, list(order.sources), device)
+    if device.startswith("cuda") and order.threads is not None:  # not under torchrun
+        config = replace(config, run=replace(config.run, graph=True))
     about = {"kind": "run", **run._asdict(), "parameters": built.parameters}
     about |= {"adjusted": built.adjusted, "ratio": built.ratio}
     with _claimed(folder), open(folder / OUTPUT, "a", buffering=1, encoding="utf-8") as output, redirect_stderr(output):
@@ -276,7 +280,9 @@ def _last_step(log: Path) -> int:
 
 
 def _device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{_gpu}" if device == "cuda" and _gpu is not None else device
 
 
 def _machine(device: torch.device) -> Record:
@@ -315,12 +321,12 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 def _begin_worker(counter) -> None:
     """Take the next GPU, if there are several, and end with the parent."""
+    global _gpu
     with counter.get_lock():
         number = counter.value
         counter.value += 1
     if (gpus := torch.cuda.device_count()) > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]
+        _gpu = number % gpus
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -57,7 +57,8 @@ def attention_mass(models: Models) -> Figure:
     overall.set(ylim=(0, 1), xlim=(-1, len(models)))
     overall.set_title("mean of the layers", pad=TITLE_PAD)
     figure.supylabel("attention mass")
-    overall.set_xticks(range(len(models)), models, rotation=30, ha="right", rotation_mode="anchor")
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(models) > 1 else {}
+    overall.set_xticks(range(len(models)), models, **slanted)
     _legend(figure, (Patch(color=color, label=label) for label, color in CATEGORIES.values()), models)
     return figure
 

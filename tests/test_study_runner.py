@@ -176,11 +176,17 @@ def test_what_does_not_fit_together_is_said_in_a_line(file, capsys):
     assert "text needs train and validation" in refused('validation = ["validation.txt"]', "")
     assert "without sources" in refused("length = 64 }", 'length = 64, sources = ["x"] }')
     assert "learning_rates must name at least one, and none twice" in refused("[1e-3, 4e-3]", "[1e-3, 1e-3]")
+    assert "speed.context + speed.steps = 130 tokens are beyond" in refused("context = 32", "context = 128")
     assert "the study has no seed 7; choose from 0, 1" in refused("x", "x", "--seeds", "7")
     assert "the study has no arm llama" in refused("x", "x", "--arms", "llama")
     assert "--seeds 'a' is no seed" in refused("x", "x", "--seeds", "a")
     assert cli.run(["study", "report", str(file.parent)]) == 2
     assert "make it with `hymba study run`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study", "laptop"])
+def test_the_studies_in_the_documentation_can_be_read(name):
+    assert study.load(Path(__file__).parents[1] / "docs" / "study" / f"{name}.toml").arms
 
 
 def test_results_of_another_study_are_not_mixed_in(file):

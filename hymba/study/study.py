@@ -87,6 +87,11 @@ class Study:
             )
         if not self.text.prepared and not (self.text.train and self.text.validation):
             raise UserError("text needs train and validation, lists of files, or prepared, a folder")
+        if self.speed.context + self.speed.steps > self.model.max_length:
+            raise UserError(
+                f"speed.context + speed.steps = {self.speed.context + self.speed.steps} tokens are beyond "
+                f"model.max_length={self.model.max_length}; make context smaller"
+            )
         for key in ("model", "seed", "checkpoint", "card"):
             if key in self.train:
                 raise UserError(f"train.{key} is the study's to decide; leave it out")

@@ -21,10 +21,10 @@ from hymba.study.speed import cache_bytes
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem }}
-table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
-th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+table {{ border-collapse: collapse; font-size: 12.5px; display: block; overflow-x: auto }}
+th, td {{ padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
 th {{ background: #f4f4f4; text-align: center }} .text {{ text-align: left }}
 figure {{ margin: 1rem 0 }} figcaption {{ color: #555; font-size: 13px; max-width: 60rem }} img {{ max-width: 100% }}
 </style></head><body>
@@ -168,7 +168,7 @@ def content(results: Results, found: Sequence[Summary]) -> list[Block]:
 
 
 def _main_table(found: Sequence[Summary], paper: bool = True) -> Table:
-    titles = ["arm", "parameters", "attention : Mamba", "bits per byte", "recall, %", "decode, tokens/s", "cache, kB"]
+    titles = ["arm", "attention : Mamba", "bits per byte", "recall, %", "decode, tokens/s", "cache, kB"]
     if paper:
         titles = ["row", *titles, "paper: configuration", "general", "recall", "tokens/s", "cache, MB"]
     rows = []
@@ -178,7 +178,6 @@ def _main_table(found: Sequence[Summary], paper: bool = True) -> Table:
         cache = f"{s.speed['cache_bytes'] / 1e3:,.1f}" if s.speed else ""
         cells = [
             s.arm,
-            f"{s.parameters / 1e6:.3f} M",
             s.ratio,
             _spread(s.spread("bits_per_byte"), 1, 3),
             recall,
@@ -190,7 +189,7 @@ def _main_table(found: Sequence[Summary], paper: bool = True) -> Table:
             cells = [str(row.number), *cells, row.configuration, f"{row.general:.2f}", f"{row.recall:.2f}",
                      f"{row.tokens_per_second:,.1f}", f"{row.cache_mb:.2f}"]  # fmt: skip
         rows.append(tuple(cells))
-    return Table(tuple(titles), tuple(rows), frozenset((1, 8) if paper else (0,)))
+    return Table(tuple(titles), tuple(rows), frozenset((1, 7) if paper else (0,)))
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> Table:
@@ -246,17 +245,18 @@ def _training(results: Results, found: Sequence[Summary]) -> Table:
             for lr in rates
         ]
         record = next(iter(s.records.values()))
-        rows.append((s.arm, record["adjusted"], *losses, f"{s.lr:g}", str(len(s.records)),
+        rows.append((s.arm, f"{s.parameters:,}", record["adjusted"], *losses, f"{s.lr:g}", str(len(s.records)),
                      f"{record['training_tokens_per_second']:,.0f}"))  # fmt: skip
     titles = (
         "arm",
-        "adjusted to match parameters",
+        "parameters",
+        "adjusted to match them",
         *(f"loss at {lr:g}" for lr in rates),
         "chosen",
         "seeds",
         "tokens/s",
     )
-    return Table(titles, tuple(rows), frozenset((0, 1)))
+    return Table(titles, tuple(rows), frozenset((0, 2)))
 
 
 def _spread(value: Spread, scale: float, digits: int) -> str:

@@ -227,7 +227,8 @@ def test_the_reader_may_go(checkpoint, tmp_path):
 
 
 def test_an_interrupt_is_exit_130(checkpoint, tmp_path):
-    (tmp_path / "prompts").write_text(f"{PROMPT}\n" * 2000)  # far from done when the first one is, on a busy machine too
+    # far from done when the first one is, on a busy machine too
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n" * 2000)
     process = start("generate", "-m", checkpoint, "-f", tmp_path / "prompts", "--lines", "--max-batch", "1", *SHORT)
     assert process.stdout.readline() == b"--- prompt 1\n"
     process.send_signal(signal.SIGINT)

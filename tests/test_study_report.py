@@ -29,7 +29,7 @@ def run_record(arm: str, lr: float, seed: int, bits: float, accuracy: float) -> 
         "kind": "run", "arm": arm, "lr": lr, "seed": seed, "parameters": 1_000_000, "adjusted": "d_ff 8 -> 16",
         "ratio": "1:2.00", "bits_per_byte": bits, "objective": bits, "tasks": tasks,
         "curve": [[i * 1000, 6 - i / 20] for i in range(40)], "validation_curve": [[20_000, bits + 1], [40_000, bits]],
-        "training_tokens_per_second": 10_000.0,
+        "training_tokens_per_second": 10_000.0, "device": "CPU, 2 threads",
     }  # fmt: skip
 
 

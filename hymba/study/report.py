@@ -246,7 +246,7 @@ def _training(results: Results, found: Sequence[Summary]) -> Table:
         ]
         record = next(iter(s.records.values()))
         rows.append((s.arm, f"{s.parameters:,}", record["adjusted"], *losses, f"{s.lr:g}", str(len(s.records)),
-                     f"{record['training_tokens_per_second']:,.0f}"))  # fmt: skip
+                     f"{record['training_tokens_per_second']:,.0f}", record["device"]))  # fmt: skip
     titles = (
         "arm",
         "parameters",
@@ -255,8 +255,9 @@ def _training(results: Results, found: Sequence[Summary]) -> Table:
         "chosen",
         "seeds",
         "tokens/s",
+        "first on",
     )
-    return Table(titles, tuple(rows), frozenset((0, 2)))
+    return Table(titles, tuple(rows), frozenset((0, 2, len(titles) - 1)))
 
 
 def _spread(value: Spread, scale: float, digits: int) -> str:

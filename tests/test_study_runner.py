@@ -189,6 +189,14 @@ def test_the_studies_in_the_documentation_can_be_read(name):
     assert study.load(Path(__file__).parents[1] / "docs" / "study" / f"{name}.toml").arms
 
 
+def test_the_results_in_the_documentation_are_of_the_study_there(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])  # paths of texts are part of a study
+    known = results.read(Path("docs/study/results.jsonl"))
+    described = study.load("docs/study/study.toml")
+    assert known.study["fingerprint"] == described.fingerprint()
+    assert {run.arm for run in known.runs} <= set(described.arms)
+
+
 def test_results_of_another_study_are_not_mixed_in(file):
     first = Runner(study.load(file), file.parent / "out", ("mamba",), (0,), "cpu")
     first.begin()

@@ -141,9 +141,10 @@ def conv_tail(state: Tensor, u: Tensor, lengths: Tensor | None) -> Tensor:
 
     state: (B or 1, K - 1, E) the inputs before u, u: (B, T, E), lengths: (B,) tokens of u that count -> (B, K - 1, E)
     """
-    kept = state.shape[1]
-    past = torch.cat([state.to(u.dtype).expand(u.shape[0], -1, -1), u], dim=1)
+    kept, T = state.shape[1], u.shape[1]
     if lengths is None:
-        return past[:, past.shape[1] - kept :]
+        u = u[:, max(0, T - kept) :]
+        return torch.cat([state[:, u.shape[1] :].to(u.dtype).expand(u.shape[0], -1, -1), u], dim=1)
+    past = torch.cat([state.to(u.dtype).expand(u.shape[0], -1, -1), u], dim=1)
     index = lengths[:, None] + torch.arange(kept, device=u.device)
     return past.gather(1, index[..., None].expand(-1, -1, u.shape[2]))

@@ -4,9 +4,10 @@ Math, with x_(t-j) from `state` where it lies before the row or before its docum
 
     p_t = bias + sum_j w_j x_(t-j)        y_t = SiLU(p_t)        j = 0 .. K - 1
 
-Tiling: a program owns a tile of BT steps and BE channels, and reads it K times, shifted; all but the first read hit the
-L1 cache, so x crosses the memory bus once. The backward pass writes dp (float32) in a first kernel, which also sums the
-gradients of weight, bias and state over its tile, and gathers dx_t = sum_j w_j dp_(t+j) from it in a second.
+Tiling: forward, a program owns a tile of BT steps and BE channels, and reads it K times, shifted; all but the first
+read hit the L1 cache, so x crosses the memory bus once. Backward, a program is one warp that walks along some channels
+of a part of a row, the last K - 1 inputs in registers, and beside them the sums dx_t = sum_j w_j dp_(t+j) that are not
+complete; it goes K - 1 steps beyond its part, whose dp its last inputs need.
 
 float32: everything between load and store. Partial sums are added outside in a fixed order.
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 from hymba.ops.gpu.common import INTERPRET, library_op, rows_contiguous
 
 STEPS, CHANNELS = (8, 8) if INTERPRET else (32, 128)
+# of the backward pass: channels of a program, steps that it walks over, steps whose loads are under way together
+LANES, PART, GROUP = (8, 8, 4) if INTERPRET else (128, 128, 8)
 # "how long since the document began", where none began: further back than any kernel reaches
 FAR = 2**30
 
@@ -64,59 +67,99 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_sums_kernel(
-    x, weight, bias, state, age, dy, dp, dweight, dbias, dstate,
-    T, E, x_row, x_step, state_row, dy_row, dy_step,
-    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr,
-):  # fmt: skip
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    row = tl.program_id(2).to(tl.int64)
-    real_e = e < E
-    inside = (t < T)[:, None] & real_e[None, :]
-    since = _age(age, row, t, T, AGES)
-    p = tl.zeros((BT, BE), tl.float32) + tl.load(bias + e, mask=real_e, other=0.0).to(tl.float32)[None, :]
-    for back in tl.static_range(K):
-        w = tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32)
-        p += w[None, :] * _tap(x, state, row, t, since, e, real_e, back, T, E, x_row, x_step, state_row, K)
-    at = row * dy_row + t[:, None].to(tl.int64) * dy_step + e[None, :]
-    dout = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(p)
-    dp_tile = dout * sigmoid * (1.0 + p * (1.0 - sigmoid))  # 0 outside, as dout is
-    tl.store(dp + (row * T + t[:, None]) * E + e[None, :], dp_tile, mask=inside)
-    part = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dbias + part * E + e, tl.sum(dp_tile, axis=0), mask=real_e)
-    for back in tl.static_range(K):
-        tap = _tap(x, state, row, t, since, e, real_e, back, T, E, x_row, x_step, state_row, K)
-        tl.store(dweight + (part * K + K - 1 - back) * E + e, tl.sum(dp_tile * tap, axis=0), mask=real_e)
-    for slot in tl.static_range(K - 1):
-        total = tl.zeros((BE,), tl.float32)
-        for back in tl.static_range(K - 1 - slot, K):
-            if back > 0:
-                w = tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32)
-                # read by the step that is slot - (K - 1 - back) steps into its document, if that is less than `back`
-                reads = (since == slot - (K - 1 - back)) & (t < T)
-                total += w * tl.sum(tl.where(reads[:, None], dp_tile, 0.0), axis=0)
-        tl.store(dstate + (part * (K - 1) + slot) * E + e, total, mask=real_e)
+def _rows(x, t, step, end, e, real_e, GROUP: tl.constexpr):
+    """Rows t .. t + GROUP - 1 of x, a tuple; 0 from `end` on"""
+    out = ()
+    for i in tl.static_range(GROUP):
+        out = out + (tl.load(x + (t + i) * step + e, mask=real_e & (t + i < end), other=0.0),)
+    return out
 
 
 @triton.jit
-def _backward_input_kernel(
-    dp, weight, age, dx, T, E, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr,
+def _backward_kernel(
+    x, weight, bias, state, age, dy, dx, dweight, dbias, dstate,
+    T, E, x_row, x_step, state_row, dy_row, dy_step, steps,
+    K: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0) * BE + tl.arange(0, BE)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    row = tl.program_id(2).to(tl.int64)
+    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real_e = e < E
-    total = tl.zeros((BT, BE), tl.float32)
+    begin = part * steps
+    end = tl.minimum(begin + steps, T)
+    last = tl.minimum(end + K - 1, T)  # later steps read inputs of this part
+    x += row * x_row
+    dy += row * dy_row
+    state += row * state_row
+    dstate += (row * tl.num_programs(1) + part) * (K - 1) * E
+    first = tl.load(bias + e, mask=real_e, other=0.0).to(tl.float32)
+    w, past, open_, sums = (), (), (), ()
+    zero = row * 0  # 64 bits
+    nothing = tl.zeros((BE,), tl.float32)
     for back in tl.static_range(K):
-        later = t + back
-        reads = (_age(age, row, later, T, AGES) >= back) & (later < T)
-        at = (row * T + later[:, None]) * E + e[None, :]
-        w = tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32)
-        total += w[None, :] * tl.load(dp + at, mask=reads[:, None] & real_e[None, :], other=0.0)
-    at = (row * T + t[:, None]) * E + e[None, :]
-    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t < T)[:, None] & real_e[None, :])
+        w = w + (tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32),)
+        sums = sums + (nothing,)
+        if back > 0:
+            before = tl.load(x + (zero + begin - back) * x_step + e, mask=real_e & (begin >= back), other=0.0)
+            past = past + (before.to(tl.float32),)  # the input `back` steps ago
+            open_ = open_ + (nothing,)  # its gradient as far as it is known
+    dbias_sum = nothing
+    xs = _rows(x, zero + begin, x_step, last, e, real_e, GROUP)
+    dys = _rows(dy, zero + begin, dy_step, last, e, real_e, GROUP)
+    for t0 in tl.range(begin, last, GROUP, num_stages=1):
+        # the next group's loads before this one's work
+        next_xs = _rows(x, zero + t0 + GROUP, x_step, last, e, real_e, GROUP)
+        next_dys = _rows(dy, zero + t0 + GROUP, dy_step, last, e, real_e, GROUP)
+        for i in tl.static_range(GROUP):
+            t = t0 + i
+            since = t
+            if AGES:
+                since = tl.minimum(tl.load(age + row * T + t, mask=t < T, other=0), t)
+            new = xs[i].to(tl.float32)
+            taps = (new,)
+            p = first + w[0] * new
+            for back in tl.static_range(1, K):
+                slot = tl.maximum(K - 1 - back + since, 0)
+                old = tl.load(state + slot * E + e, mask=real_e & (since < back), other=0.0).to(tl.float32)
+                taps = taps + (tl.where(since < back, old, past[back - 1]),)
+                p += w[back] * taps[back]
+            sigmoid = tl.sigmoid(p)
+            dp = dys[i].to(tl.float32) * sigmoid * (1.0 + p * (1.0 - sigmoid))  # 0 behind the end, as dy is
+            own = tl.where(t < end, dp, 0.0)
+            dbias_sum += own
+            new_sums = ()
+            for back in tl.static_range(K):
+                new_sums = new_sums + (sums[back] + own * taps[back],)
+            sums = new_sums
+            if since < K - 1:
+                for back in tl.static_range(1, K):
+                    slot = tl.maximum(K - 1 - back + since, 0)
+                    reads = real_e & (since < back) & (t < end)
+                    tl.atomic_add(dstate + slot * E + e, w[back] * dp, mask=reads, sem="relaxed")  # nobody else does
+            done = t - (K - 1)
+            out = dx + (row * T + done) * E + e
+            whole = dp * w[0]
+            if K > 1:
+                whole = open_[K - 2] + tl.where(since >= K - 1, w[K - 1] * dp, 0.0)
+            tl.store(out, whole.to(dx.dtype.element_ty), mask=real_e & (done >= begin) & (done < end))
+            new_open, new_past = (dp * w[0],), (new,)
+            for back in tl.static_range(1, K - 1):
+                new_open = new_open + (open_[back - 1] + tl.where(since >= back, w[back] * dp, 0.0),)
+                new_past = new_past + (past[back - 1],)
+            if K > 1:
+                open_, past = new_open, new_past
+        xs, dys = next_xs, next_dys
+    # what no later step completes: the row's last inputs
+    for back in tl.static_range(1, K):
+        left = T - back
+        here = (left >= begin) & (left < end)
+        number = tl.cdiv(last - begin, GROUP) * GROUP + begin - T  # steps behind the row, in which dp was 0
+        for shift in tl.static_range(K - 1):
+            mine = here & (shift == back - 1 + number)
+            tl.store(dx + (row * T + left) * E + e, open_[shift].to(dx.dtype.element_ty), mask=real_e & mine)
+    at = row * tl.num_programs(1) + part
+    tl.store(dbias + at * E + e, dbias_sum, mask=real_e)
+    for back in tl.static_range(K):
+        tl.store(dweight + (at * K + K - 1 - back) * E + e, sums[back], mask=real_e)
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:
@@ -153,18 +196,16 @@ def conv_backward(
     """-> gradients of x, weight, bias, state"""
     x, dy, weight, state = rows_contiguous(x), rows_contiguous(dy), weight.contiguous(), state.contiguous()
     (rows, T, E), K = x.shape, weight.shape[1]
-    parts = triton.cdiv(T, STEPS)
+    parts = triton.cdiv(T, PART)
     f32 = {"dtype": torch.float32, "device": x.device}
-    dp = torch.empty(x.shape, **f32)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = torch.empty(rows * parts, K, E, **f32), torch.empty(rows * parts, E, **f32)
-    dstate = torch.empty(rows, parts, K - 1, E, **f32)
-    sizes = {"K": K, "BT": STEPS, "BE": CHANNELS, "AGES": age is not None}
-    _backward_sums_kernel[_grid(x)](
-        x, weight, bias, state, age, dy, dp, dweight, dbias, dstate,
-        T, E, x.stride(0), x.stride(1), _row(state), dy.stride(0), dy.stride(1), **sizes,
+    dstate = torch.zeros(rows, parts, K - 1, E, **f32)
+    _backward_kernel[(triton.cdiv(E, LANES), parts, rows)](
+        x, weight, bias, state, age, dy, dx, dweight, dbias, dstate,
+        T, E, x.stride(0), x.stride(1), _row(state), dy.stride(0), dy.stride(1), PART,
+        K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, num_warps=1,
     )  # fmt: skip
-    _backward_input_kernel[_grid(x)](dp, weight, age, dx, T, E, **sizes)
     dstate = dstate.sum(1)
     if state.shape[0] != rows:
         dstate = dstate.sum(0, keepdim=True)

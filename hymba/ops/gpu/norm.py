@@ -19,7 +19,7 @@ from torch import Tensor
 from hymba.ops.gpu.common import library_op
 
 ELEMENTS = 4096  # in a tile, at least
-BACKWARD_PROGRAMS = 528  # four for each of an H100's multiprocessors
+BACKWARD_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, 
 
 # steps in a group forward, and between the kept states; in a group backward, where states of all steps are in registers
 GROUP, BACKWARD_GROUP = 8, 4
-LINES = tl.constexpr(16)  # of a product with the matrix unit; 2 k and 2 k + 1 are the sums of step k
+LINES = tl.constexpr(16)  # of a product with the matrix unit; line k has the sums of step k
 CHANNELS = 32
 # programs that fill a large card; fewer than that walk in several segments of time
 WANTED, LEAST_SEGMENT = (8, 16) if INTERPRET else (1056, 128)
@@ -54,6 +54,15 @@ def _rows(x, t0, step, end, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _touch(x, row, end, N: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr):
+    """Read a word of every 32 bytes of GROUP rows of x (float32, N wide) from `row` on, so that they come to the L1
+    cache; none from `end` on. -> (GROUP, words) int32"""
+    r, word = row + tl.arange(0, GROUP)[:, None], tl.arange(0, WORDS)[None, :] * 8
+    found = tl.load(x + r * N + word, mask=(r < end) & (word < N), other=0.0)
+    return found.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _states(at, N: tl.constexpr, NP: tl.constexpr):
     n = tl.arange(0, NP)
     if N == NP:
@@ -70,7 +79,8 @@ def _forward_kernel(
     STARTS: tl.constexpr, LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUT: y and the last state. Without: what a segment does to a state, as its end from 0 and its sum of
-    delta. unit: 1, unknown to the compiler, which then gives a lane one channel and not four."""
+    delta. unit: 1, unknown to the compiler, which then gives a lane one channel and not four, and does not drop loads
+    that only bring B and C of the next group near."""
     e = tl.program_id(0) * BE + tl.arange(0, BE)
     row, segment = tl.program_id(1).to(tl.int64), tl.program_id(2)
     n = tl.arange(0, NP)
@@ -95,6 +105,8 @@ def _forward_kernel(
     total = tl.zeros((BE,), tl.float32)
     begin = segment * steps
     end = tl.minimum(begin + steps, T)
+    WORDS: tl.constexpr = (NP + 7) // 8
+    touched = tl.zeros((GROUP, WORDS), tl.int32)
     u += row * u_row + e
     dt += row * dt_row + e
     gate += row * gate_row + e
@@ -110,9 +122,14 @@ def _forward_kernel(
         next_xs = _rows(u, t64 + GROUP, u_step, end, GROUP)
         next_ds = _rows(dt, t64 + GROUP, dt_step, end, GROUP)
         next_zs = _rows(gate, t64 + GROUP, gate_step, end, GROUP) if OUTPUT else xs
+        near = row * T + t0 + GROUP
+        ahead = _touch(B, near, row * T + end, N, WORDS, GROUP)
+        if OUTPUT:
+            ahead |= _touch(C, near, row * T + end, N, WORDS, GROUP)
         at_B = B + (row * T + t64) * N
         at_C = C + (row * T + t64) * N
         at_y = y + t64 * E
+        outs = ()
         for i in tl.static_range(GROUP):
             t = t0 + i
             inside = t < T
@@ -129,8 +146,13 @@ def _forward_kernel(
             if OUTPUT:
                 c = _states(at_C + step * N, N, NP)
                 out = (tl.sum(h * c[None, :], axis=1) + x * skip) * silu(zs[i].to(tl.float32))
-                tl.store(at_y + i * E, out.to(y.dtype.element_ty), mask=real_e & inside)
+                outs = outs + (out.to(y.dtype.element_ty),)
+        if OUTPUT:  # not earlier: no load passes a store, and steps would not overlap
+            for i in tl.static_range(GROUP):
+                tl.store(at_y + i * E, outs[i], mask=real_e & (t0 + i < T))
         xs, ds, zs = next_xs, next_ds, next_zs
+        touched |= ahead & (unit - 1)
+    h += tl.sum(tl.sum(touched, axis=1), axis=0).to(tl.float32)  # 0, which the compiler does not know
     if OUTPUT:
         if segment == segments - 1:
             tl.store(last + (row * N + n[None, :]) * E + e[:, None], h, mask=real)
@@ -147,7 +169,8 @@ def _backward_kernel(
     N: tl.constexpr, NP: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr,
     STARTS: tl.constexpr, LENGTHS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: how many bfloat16 stand for a float32 in the sums over channels. dstate: zeros, if STARTS."""
+    """PARTS: how many bfloat16 stand for a float32 in the sums over channels. dstate: zeros, if STARTS. unit: as in
+    `_forward_kernel`"""
     block = tl.program_id(0)
     e = block * BE + tl.arange(0, BE)
     row = tl.program_id(1).to(tl.int64)
@@ -169,7 +192,7 @@ def _backward_kernel(
     dA_sum = tl.zeros((BE, NP), tl.float32)
     dD_sum = tl.zeros((BE,), tl.float32)
     dbias_sum = tl.zeros((BE,), tl.float32)
-    line = tl.arange(0, LINES)
+    line, pair = tl.arange(0, LINES), tl.arange(0, 2 * NP)
     u += row * u_row + e
     dt += row * dt_row + e
     gate += row * gate_row + e
@@ -208,7 +231,7 @@ def _backward_kernel(
             if STARTS:
                 h = tl.load(at_first, mask=real & (tl.load(starts + row * T + t, mask=t < T, other=0) != 0), other=h)
             h = tl.exp2(delta[:, None] * rate) * h + (delta * xs[k].to(tl.float32))[:, None] * b[None, :]
-        sums = tl.zeros((LINES, NP), tl.float32)
+        sums = tl.zeros((LINES, 2 * NP), tl.float32)
         out = (row * T + t64) * E + e
         for k in tl.static_range(GROUP - 1, -1, -1):
             t = t0 + k
@@ -222,10 +245,9 @@ def _backward_kernel(
             sigmoid = tl.fdiv(1.0, 1.0 + tl.exp2(-LOG2E * z))
             dgated = dout * z * sigmoid
             y_ungated = tl.sum(h * c, axis=1) + x * skip
-            sums = _add_row(sums, h * dgated[:, None], 2 * k + 1, PARTS)
             dh = back + c * dgated[:, None]
             drive = delta * x
-            sums = _add_row(sums, dh * drive[:, None], 2 * k, PARTS)
+            sums = _put_row(sums, dh * drive[:, None], h * dgated[:, None], k, PARTS)
             ddrive = tl.sum(dh * b, axis=1)
             back = tl.exp2(delta[:, None] * rate) * dh
             h = hs[k]
@@ -248,8 +270,8 @@ def _backward_kernel(
             tl.store(ddt + out + k * E, dpre.to(ddt.dtype.element_ty), mask=inside)
             dz = dout * y_ungated * sigmoid * (1.0 + z * (1.0 - sigmoid))
             tl.store(dgate + out + k * E, dz.to(dgate.dtype.element_ty), mask=inside)
-        at = (((block * rows + row) * T + t64) * 2 + line[:, None]) * N + n[None, :]
-        tl.store(dBC + at, sums, mask=(line < 2 * tl.minimum(GROUP, T - t0))[:, None] & (n < N)[None, :])
+        at = ((block * rows + row) * T + t64 + line[:, None]) * (2 * N) + pair[None, :]
+        tl.store(dBC + at, sums, mask=(line < tl.minimum(GROUP, T - t0))[:, None] & (pair < 2 * N)[None, :])
     if STARTS:
         tl.atomic_add(dstate + at_state, back, mask=real, sem="relaxed")
     else:
@@ -260,16 +282,17 @@ def _backward_kernel(
 
 
 @triton.jit
-def _add_row(sums, x, line: tl.constexpr, PARTS: tl.constexpr):
-    """Add the sum of x (BE, NP) over channels to one line of sums (LINES, NP), by a matrix with ones in that line."""
+def _put_row(sums, x, y, line: tl.constexpr, PARTS: tl.constexpr):
+    """Write the sums of x and y (BE, NP) over channels, a pair for each state, to one line of sums (LINES, 2 NP)."""
     ones = tl.full((LINES, x.shape[0]), 1.0, FACTOR)
-    pick = tl.where((tl.arange(0, LINES) == line)[:, None], ones, 0.0).to(FACTOR)
+    total = tl.zeros(sums.shape, tl.float32)  # every line of it will be the sum
+    pairs = tl.join(x, y).reshape(x.shape[0], 2 * x.shape[1])
     for part in tl.static_range(PARTS):
-        rounded = x.to(FACTOR)
-        sums = tl.dot(pick, rounded, sums)
+        rounded = pairs.to(FACTOR)
+        total = tl.dot(ones, rounded, total)
         if part + 1 < PARTS:
-            x -= rounded.to(tl.float32)
-    return sums
+            pairs -= rounded.to(tl.float32)
+    return tl.where((tl.arange(0, LINES) == line)[:, None], total, sums)
 
 
 @triton.jit
@@ -365,7 +388,7 @@ def scan_backward(
     blocks = triton.cdiv(E, CHANNELS)
     f32 = {"dtype": torch.float32, "device": u.device}
     du, ddt, dgate = (torch.empty(rows, T, E, dtype=x.dtype, device=x.device) for x in (u, dt, gate))
-    dBC = torch.empty(blocks, rows, T, 2, N, **f32)
+    dBC = torch.empty(blocks, rows, T, N, 2, **f32)
     dA = torch.empty(rows, N, E, **f32)
     dstate = torch.empty_like(dA) if starts is None else torch.zeros_like(dA)
     dD, dbias = (torch.empty(rows, E, **f32) for _ in range(2))
@@ -380,7 +403,8 @@ def scan_backward(
     dstate = dstate.transpose(1, 2)
     if state.shape[0] != rows:
         dstate = dstate.sum(0, keepdim=True)
-    dB, dC = (dBC[..., line, :].sum(0).to(kind) for line, kind in enumerate(types))
+    dBC = dBC.sum(0)
+    dB, dC = (dBC[..., i].to(kind).contiguous() for i, kind in enumerate(types))
     return (
         du, ddt, dbias.sum(0).to(dt_bias.dtype), dA.sum(0).t().contiguous(), dB, dC,
         dD.sum(0).to(D.dtype), dgate, dstate.contiguous(),

@@ -151,49 +151,63 @@ class _Graph:
         return self._linear(x, model.lm_head.weight, norm=model.norm.weight, eps=c.norm_eps, dtype=torch.float32)
 
     def _layer(self, x: Tensor, block: Block, plan, sources: tuple[KeyValue, ...]) -> Tensor:
-        from hymba.ops import gpu
         from hymba.ops.gpu import step
-        from hymba.ops.gpu.decode import decode_attention
 
         c, i, B = self.decoder.config, plan.index, x.shape[0]
-        heads, mamba, attention, mlp = block.heads, block.heads.mamba, block.heads.attention, block.mlp
+        heads, mamba, attention = block.heads, block.heads.mamba, block.heads.attention
         E = c.d_inner
         proj = self._linear(x, heads.in_proj.weight, norm=block.heads_norm.weight, eps=c.norm_eps)
         gate = proj[:, proj.shape[1] - E :]
-        q, u, ssm = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E), x.new_empty(B, E)
+        q, u = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E)
         q_norm, k_norm = self.decoder.head_norms[i]
         step.prepare(
             proj, self.lengths, self.decoder.cos, self.decoder.sin, q_norm, k_norm, QK_NORM_EPS,
             self.cache.k.get(i), self.cache.v.get(i), mamba.conv_weight, mamba.conv_bias, self.cache.conv[i],
             q, u, proj.shape[1] - 2 * E, c.n_kv_heads, c.d_value,
         )  # fmt: skip
+        keys = q, self.now, sources, attention.window, c.n_meta, attention.scale
+        recurrence = (
+            mamba.dt_norm.weight, mamba.dt_weight, mamba.dt_bias, self.decoder.rates[i],
+            mamba.B_norm.weight, mamba.C_norm.weight, mamba.D, gate, self.cache.ssm[i], c.norm_eps,
+        )  # fmt: skip
+        finish = self._finish_one if B == 1 else self._finish_many
+        return finish(x, block, keys, u, recurrence)
+
+    def _finish_one(self, x: Tensor, block: Block, keys: tuple, u: Tensor, recurrence: tuple) -> Tensor:
+        """The rest of a layer for a batch of one: a chain of kernels that overlap."""
+        from hymba.ops.gpu import step
+
+        c, heads, mlp = self.decoder.config, block.heads, block.mlp
+        attn, ssm, squares = step.branches(
+            *keys, u, heads.mamba.x_proj.weight, *recurrence, heads.attn_norm.weight, heads.ssm_norm.weight
+        )
+        y, hidden, out = torch.empty_like(x), x.new_empty(1, c.d_ff), torch.empty_like(x)
+        step.gemv(
+            attn[0], heads.out_proj.weight, y[0], mean_with=(ssm[0], squares, c.n_heads), eps=c.norm_eps, residual=x[0]
+        )
+        first, up = (mlp.gate_proj.weight, mlp.up_proj.weight) if mlp.gated else (mlp.up_proj.weight, None)
+        step.gemv(y[0], first, hidden[0], norm=block.mlp_norm.weight, eps=c.norm_eps, up=up, squared_relu=up is None)
+        step.gemv(hidden[0], mlp.down_proj.weight, out[0], residual=y[0])
+        return out
+
+    def _finish_many(self, x: Tensor, block: Block, keys: tuple, u: Tensor, recurrence: tuple) -> Tensor:
+        from hymba.ops import gpu
+        from hymba.ops.gpu import step
+        from hymba.ops.gpu.decode import decode_attention
+
+        c, heads, mamba = self.decoder.config, block.heads, block.heads.mamba
         # the branches side by side
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            attn = decode_attention(q, self.now, sources, attention.window, c.n_meta, attention.scale)[:, 0]
-        low = self._linear(u, mamba.x_proj.weight)
-        dt = None
-        if B > 1:
-            dt = F.linear(gpu.rms_norm(low[:, : c.dt_rank], mamba.dt_norm.weight, c.norm_eps), mamba.dt_weight)
-        step.scan_step(
-            low, u, dt, mamba.dt_norm.weight, mamba.dt_weight, mamba.dt_bias, self.decoder.rates[i],
-            mamba.B_norm.weight, mamba.C_norm.weight, mamba.D, gate, self.cache.ssm[i], c.norm_eps, ssm,
-        )  # fmt: skip
+            attn = decode_attention(*keys)[:, 0]
+        low, ssm = self._linear(u, mamba.x_proj.weight), torch.empty_like(u)
+        dt = F.linear(gpu.rms_norm(low[:, : c.dt_rank], mamba.dt_norm.weight, c.norm_eps), mamba.dt_weight)
+        step.scan_step(low, u, dt, *recurrence, ssm)
         main.wait_stream(self.side)
-        norms = heads.attn_norm.weight, heads.ssm_norm.weight
-        if B == 1:
-            y, hidden, out = torch.empty_like(x), x.new_empty(1, c.d_ff), torch.empty_like(x)
-            step.gemv(attn[0], heads.out_proj.weight, y[0], norm=norms[0], mean_with=(ssm[0], norms[1]), eps=c.norm_eps,
-                      residual=x[0])  # fmt: skip
-            first, up = (mlp.gate_proj.weight, mlp.up_proj.weight) if mlp.gated else (mlp.up_proj.weight, None)
-            step.gemv(
-                y[0], first, hidden[0], norm=block.mlp_norm.weight, eps=c.norm_eps, up=up, squared_relu=up is None
-            )
-            step.gemv(hidden[0], mlp.down_proj.weight, out[0], residual=y[0])
-            return out
-        x = x + F.linear(gpu.mean_of_norms(attn, ssm, *norms, c.norm_eps), heads.out_proj.weight)
-        return x + mlp(gpu.rms_norm(x, block.mlp_norm.weight, c.norm_eps))
+        mean = gpu.mean_of_norms(attn, ssm, heads.attn_norm.weight, heads.ssm_norm.weight, c.norm_eps)
+        x = x + F.linear(mean, heads.out_proj.weight)
+        return x + block.mlp(gpu.rms_norm(x, block.mlp_norm.weight, c.norm_eps))
 
     def _linear(
         self, x: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 0.0, dtype: torch.dtype | None = None

@@ -1,15 +1,31 @@
 """What the kernel files share."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    gdc_launch_dependents = gdc_wait = None
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Triton's interpreter runs the kernels on the CPU, slowly: for tests without a GPU, on small tiles
 INTERPRET = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+
+
+@lru_cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel whose launch may overlap with the kernel before it (programmatic dependent launch).
+
+    Such a kernel reads nothing that an earlier one of its step wrote before it has called `inputs_ready`.
+    """
+    able = gdc_wait is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 
 def library_op(name: str) -> Callable:
@@ -24,6 +40,20 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """The next kernel may come onto the card as soon as there is room."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def inputs_ready(PDL: tl.constexpr):
+    """Wait until the kernels before this one are done, and what they wrote can be read."""
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit

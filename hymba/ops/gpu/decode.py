@@ -9,6 +9,7 @@ float32: scores, softmax, partial outputs. Products are in the type of the cache
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,8 +27,8 @@ MAX_PIECES = 64
 
 
 @triton.jit
-def _split_kernel(
-    q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+def attend_piece(
+    number, pieces, group, row, q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
     S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
     q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
     k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
@@ -35,8 +36,6 @@ def _split_kernel(
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pieces 0 .. pieces0 - 1 of source 0, the others of source 1."""
-    number, group = tl.program_id(0), tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
     r, i, j = tl.arange(0, RP), tl.arange(0, BK), tl.arange(0, BV)
     head = group * R + r
     q_tile = tl.load(
@@ -70,7 +69,7 @@ def _split_kernel(
             l = l * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             m = new
-    at = (row * H + head) * tl.num_programs(0) + number
+    at = (row * H + head) * pieces + number
     seen = l > 0
     acc = acc / tl.where(seen, l, 1.0)[:, None]
     tl.store(partial + at[:, None] * DV + j[None, :], acc, mask=(r < R)[:, None] & (j < DV)[None, :])
@@ -78,8 +77,27 @@ def _split_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial, lse, out, pieces, DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)  # of all rows
+def _split_kernel(
+    q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+    S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+    q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
+    k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
+    R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    attend_piece(
+        tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.program_id(2).to(tl.int64),
+        q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+        S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+        q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
+        k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
+        R, RP, DK, DV, BK, BV, BN, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_head(head, partial, lse, pieces, DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr):
+    """head: of all rows -> (BV,)"""
     piece, j = tl.arange(0, PP), tl.arange(0, BV)
     weight = tl.load(lse + head * pieces + piece, mask=piece < pieces, other=float("-inf"))
     top = tl.max(weight, axis=0)
@@ -87,17 +105,30 @@ def _merge_kernel(partial, lse, out, pieces, DV: tl.constexpr, BV: tl.constexpr,
     total = tl.sum(weight, axis=0)
     at = (head * pieces + piece[:, None]) * DV + j[None, :]
     parts = tl.load(partial + at, mask=(piece < pieces)[:, None] & (j < DV)[None, :], other=0.0)
-    y = tl.sum(parts * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    return tl.sum(parts * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def _merge_kernel(partial, lse, out, pieces, DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr):
+    head, j = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+    y = merge_head(head, partial, lse, pieces, DV, BV, PP)
     tl.store(out + head * DV + j, y.to(out.dtype.element_ty), mask=j < DV)
 
 
-def decode_attention(
-    q: Tensor, positions: Tensor, sources: Sequence[KeyValue], window: int | None, n_meta: int, scale: float
-) -> Tensor:
-    """`reference.attention` for one query per row and one or two sources, without documents and gradients.
+class Plan(NamedTuple):
+    """How one call is cut: what the kernels need beside the tensors of the call."""
 
-    q: (B, H, 1, dk) -> (B, 1, H dv)
-    """
+    pieces: int
+    partial: Tensor  # (B, H, pieces, dv) float32
+    lse: Tensor  # (B, H, pieces) float32
+    arguments: tuple  # of `attend_piece`, from q to H
+    sizes: dict[str, int | str]  # its constants
+
+
+def plan(
+    q: Tensor, positions: Tensor, sources: Sequence[KeyValue], window: int | None, n_meta: int, scale: float
+) -> Plan:
+    """As `decode_attention`."""
     B, H, _, DK = q.shape
     G, DV = sources[0].v.shape[1], sources[0].v.shape[3]
     cuts = []  # for each source: how many pieces, of how many keys
@@ -109,7 +140,6 @@ def decode_attention(
     pieces = sum(count for count, _ in cuts)
     partial = torch.empty(B, H, pieces, DV, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, H, pieces, dtype=torch.float32, device=q.device)
-    out = torch.empty(B, 1, H * DV, dtype=q.dtype, device=q.device)
     row = lambda x: 0 if x.shape[0] == 1 else x.stride(0)  # noqa: E731
     one, two = sources[0], sources[-1]
     strides = [
@@ -117,16 +147,33 @@ def decode_attention(
         for k, v, at, _ in (one, two)
         for stride in (row(k), k.stride(1), k.stride(2), row(v), v.stride(1), v.stride(2), row(at))
     ]
-    _split_kernel[(pieces, G, B)](
+    arguments = (
         q, positions, *one[:3], *two[:3], partial, lse,
         one.k.shape[2], two.k.shape[2], cuts[0][1], cuts[-1][1], cuts[0][0],
         NO_WINDOW if window is None else window, n_meta, scale,
         q.stride(0), q.stride(1), *strides, row(positions), H,
-        R=H // G, RP=max(16, triton.next_power_of_2(H // G)), DK=DK, DV=DV, BK=max(16, triton.next_power_of_2(DK)),
-        BV=max(16, triton.next_power_of_2(DV)), BN=BLOCK,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
+    sizes = {
+        "R": H // G, "RP": max(16, triton.next_power_of_2(H // G)), "DK": DK, "DV": DV,
+        "BK": max(16, triton.next_power_of_2(DK)), "BV": max(16, triton.next_power_of_2(DV)), "BN": BLOCK,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return Plan(pieces, partial, lse, arguments, sizes)
+
+
+def decode_attention(
+    q: Tensor, positions: Tensor, sources: Sequence[KeyValue], window: int | None, n_meta: int, scale: float
+) -> Tensor:
+    """`reference.attention` for one query per row and one or two sources, without documents and gradients.
+
+    q: (B, H, 1, dk) -> (B, 1, H dv)
+    """
+    (B, H, *_), (_, G, _, DV) = q.shape, sources[0].v.shape
+    cut = plan(q, positions, sources, window, n_meta, scale)
+    out = torch.empty(B, 1, H * DV, dtype=q.dtype, device=q.device)
+    _split_kernel[(cut.pieces, G, B)](*cut.arguments, **cut.sizes, num_warps=4, num_stages=3)
     _merge_kernel[(B * H,)](
-        partial, lse, out, pieces, DV=DV, BV=triton.next_power_of_2(DV), PP=triton.next_power_of_2(pieces), num_warps=4
-    )
+        cut.partial, cut.lse, out, cut.pieces,
+        DV=DV, BV=triton.next_power_of_2(DV), PP=triton.next_power_of_2(cut.pieces), num_warps=4,
+    )  # fmt: skip
     return out

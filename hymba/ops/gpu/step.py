@@ -5,59 +5,90 @@ what stands before and after a product is folded into it:
 
     y = W x                                     plain
     y = W (w x) s(x)                            behind an RMSNorm: s, a scalar, is found along the way
-    y = W (w_a a s(a) + w_b b s(b)) / 2         behind the mean of the branches' norms
+    y = W (a s(a) + b s(b)) / 2                 behind the mean of the branches' norms, which come weighted, and with
+                                                the sums of squares that s needs
     SiLU(W x) (V x), relu(W x)^2, + residual    after it
 
-A program owns BN rows of W and runs along them. `prepare` rotates queries and keys, stores keys and values in the ring,
-and takes the convolution's step; `scan_step` projects dt (batch of one), norms B and C, and takes the recurrence's
-step.
+A warp owns a row of W, and loads all of it before it looks at x: kernels of one step overlap (`common.overlap`), so
+that the weights of a product are on their way while the kernels before it still run, and memory never waits for a
+launch. `prepare` rotates queries and keys, stores keys and values in the ring, and takes the convolution's step;
+`attend_and_project` is attention over pieces of the keys beside the projection of B, C and dt; `merge_and_scan` joins
+the pieces beside the recurrence's step. `scan_step` projects dt (batch of one), norms B and C, and takes that step.
 
 float32: everything between load and store.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import softplus
+from hymba.ops.gpu.common import INTERPRET, inputs_ready, let_next_begin, overlap, softplus
+from hymba.ops.gpu.decode import attend_piece, merge_head, plan
+from hymba.visibility import KeyValue
 
 NO_ACTIVATION, GATED_SILU, SQUARED_RELU = 0, 1, 2
+COLUMNS = 16 if INTERPRET else 256  # of a row of weights in a load of one warp, 16 bytes a lane
 
 
 @triton.jit
-def _gemv_kernel(
-    x, x_norm, x2, x2_norm, w, w2, residual, y, rows, K, eps,
+def _rows_of(w, r, real_r, K: tl.constexpr, BK: tl.constexpr):
+    """Rows r of w (rows, K), whole -> a tuple of (BN, BK) tiles"""
+    k = tl.arange(0, BK)
+    at = w + r.to(tl.int64)[:, None] * K + k[None, :]
+    tiles = ()
+    for k0 in tl.static_range(0, K, BK):
+        tiles = tiles + (tl.load(at + k0, mask=real_r[:, None] & (k0 + k < K)[None, :], other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _gemv_rows(
+    number, x, x_norm, x2, squares, heads, w, w2, residual, y, rows, eps, K: tl.constexpr,
     NORM: tl.constexpr, MEAN: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Rows number BN .. (number + 1) BN - 1 of a product; waits for its inputs once its weights are on their way."""
+    r, k = number * BN + tl.arange(0, BN), tl.arange(0, BK)
     real_r = r < rows
+    tiles = _rows_of(w, r, real_r, K, BK)
+    if ACTIVATION == 1:
+        others = _rows_of(w2, r, real_r, K, BK)
+    # every warp reads x for itself, in the layout of its weights: no exchange through shared memory
+    same = tl.zeros((BN,), tl.int32)[:, None]
+    across = same + k[None, :]
+    if NORM:
+        norms = ()
+        for k0 in tl.static_range(0, K, BK):
+            norms = norms + (tl.load(x_norm + k0 + across, mask=k0 + across < K, other=0.0),)
+    inputs_ready(PDL)
+    if MEAN > 0:
+        i = same + tl.arange(0, MEAN)[None, :]
+        square = tl.load(squares + i)
+        share = 0.5 * tl.rsqrt(tl.sum(tl.where(i < heads, square, 0.0), axis=1) / K + eps)
+        share2 = 0.5 * tl.rsqrt(tl.sum(tl.where(i < heads, 0.0, square), axis=1) / K + eps)
     acc, acc2 = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
-    square, square2 = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
-    at = r.to(tl.int64)[:, None] * K
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        mask = real_r[:, None] & (k < K)[None, :]
-        tile = tl.load(w + at + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    square = tl.zeros((BN, BK), tl.float32)
+    for k0 in tl.static_range(0, K, BK):
+        real = k0 + across < K
+        tile = tiles[k0 // BK].to(tl.float32)
+        value = tl.load(x + k0 + across, mask=real, other=0.0).to(tl.float32)
         if NORM:
             square += value * value
-            value *= tl.load(x_norm + k, mask=k < K, other=0.0).to(tl.float32)
-        acc += tile * value[None, :]
-        if MEAN:
-            value = tl.load(x2 + k, mask=k < K, other=0.0).to(tl.float32)
-            square2 += value * value
-            value *= tl.load(x2_norm + k, mask=k < K, other=0.0).to(tl.float32)
-            acc2 += tile * value[None, :]
+            value *= norms[k0 // BK].to(tl.float32)
+        if MEAN > 0:
+            other = tl.load(x2 + k0 + across, mask=real, other=0.0).to(tl.float32)
+            value = value * share[:, None] + other * share2[:, None]
+        acc += tile * value
         if ACTIVATION == 1:
-            acc2 += tl.load(w2 + at + k[None, :], mask=mask, other=0.0).to(tl.float32) * value[None, :]
+            acc2 += others[k0 // BK].to(tl.float32) * value
     out = tl.sum(acc, axis=1)
     scale = 1.0
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, axis=0) / K + eps)
+        scale = tl.rsqrt(tl.sum(square, axis=1) / K + eps)
         out *= scale
-    if MEAN:
-        out = 0.5 * (out + tl.sum(acc2, axis=1) * tl.rsqrt(tl.sum(square2, axis=0) / K + eps))
     if ACTIVATION == 1:
         out = out * tl.sigmoid(out) * tl.sum(acc2, axis=1) * scale
     if ACTIVATION == 2:
@@ -68,21 +99,33 @@ def _gemv_kernel(
     tl.store(y + r, out.to(y.dtype.element_ty), mask=real_r)
 
 
+@triton.jit
+def _gemv_kernel(
+    x, x_norm, x2, squares, heads, w, w2, residual, y, rows, eps, K: tl.constexpr,
+    NORM: tl.constexpr, MEAN: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_begin(PDL)
+    _gemv_rows(tl.program_id(0), x, x_norm, x2, squares, heads, w, w2, residual, y, rows, eps, K, NORM, MEAN,
+               ACTIVATION, RESIDUAL, BN, BK, PDL)  # fmt: skip
+
+
 def gemv(
     x: Tensor, w: Tensor, y: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
-    mean_with: tuple[Tensor, Tensor] | None = None, up: Tensor | None = None, squared_relu: bool = False,
+    mean_with: tuple[Tensor, Tensor, int] | None = None, up: Tensor | None = None, squared_relu: bool = False,
     residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """x: (K,), w: (rows, K) -> y: (rows,), which is written. norm: weight of an RMSNorm of x; mean_with: (x of the
-    other branch, weight of its norm); up: (rows, K), makes this SiLU(W x) (V x); residual: (rows,), is added"""
+    """x: (K,), w: (rows, K) -> y: (rows,), which is written. norm: weight of an RMSNorm of x; mean_with: (the other
+    branch, sums of squares, how many of them are those of x), as from `branches`; up: (rows, K), makes this
+    SiLU(W x) (V x); residual: (rows,), is added"""
     rows, K = w.shape
-    x2, x2_norm = mean_with or (x, norm)
+    x2, squares, heads = mean_with or (x, x, 0)
     BN = 8 if rows >= 4096 and up is None else 4
     _gemv_kernel[(triton.cdiv(rows, BN),)](
-        x, norm, x2, x2_norm, w, up, residual, y, rows, K, eps,
-        NORM=norm is not None, MEAN=mean_with is not None,
+        x, norm, x2, squares, heads, w, up, residual, y, rows, eps, K,
+        NORM=norm is not None, MEAN=squares.shape[0] if mean_with else 0,
         ACTIVATION=GATED_SILU if up is not None else SQUARED_RELU if squared_relu else NO_ACTIVATION,
-        RESIDUAL=residual is not None, BN=BN, BK=512, num_warps=4,
+        RESIDUAL=residual is not None, BN=BN, BK=COLUMNS, num_warps=BN, **overlap(x.device),
     )  # fmt: skip
 
 
@@ -111,19 +154,22 @@ def _prepare_kernel(
     proj, lengths, cos, sin, q_norm, k_norm, q, k_store, v_store, conv_weight, conv_bias, conv_state, u,
     E, proj_row, k_row, k_head, v_row, v_head, slots, u_at, eps,
     H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    K: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, KV: tl.constexpr,
+    K: tl.constexpr, BE: tl.constexpr, NORM: tl.constexpr, KV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(PDL)
     job = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     proj += row * proj_row
     token = tl.load(lengths + row)
     if job < H:
+        inputs_ready(PDL)
         y = _head(proj + job * DK, q_norm + job * DK, cos + token * (DK // 2), sin + token * (DK // 2), eps, DK, BK,
                   NORM,
                   proj.dtype.element_ty)  # fmt: skip
         d = tl.arange(0, BK)
         tl.store(q + (row * H + job) * DK + d, y.to(q.dtype.element_ty), mask=d < DK)
     elif job < H + KV * G:
+        inputs_ready(PDL)
         group = job - H
         slot = token % slots
         y = _head(proj + (H + group) * DK, k_norm + group * DK, cos + token * (DK // 2), sin + token * (DK // 2), eps,
@@ -137,15 +183,17 @@ def _prepare_kernel(
     else:
         e = (job - H - KV * G) * BE + tl.arange(0, BE)
         real = e < E
-        new = tl.load(proj + u_at + e, mask=real, other=0.0)
-        p = tl.load(conv_bias + e, mask=real, other=0.0).to(tl.float32)
-        p += new.to(tl.float32) * tl.load(conv_weight + e * K + K - 1, mask=real, other=0.0).to(tl.float32)
         state = conv_state + row * (K - 1) * E + e
+        p = tl.load(conv_bias + e, mask=real, other=0.0).to(tl.float32)
+        last = tl.load(conv_weight + e * K + K - 1, mask=real, other=0.0).to(tl.float32)
         for slot in tl.static_range(K - 1):
             old = tl.load(state + slot * E, mask=real, other=0.0)
             p += old.to(tl.float32) * tl.load(conv_weight + e * K + slot, mask=real, other=0.0).to(tl.float32)
             if slot > 0:
                 tl.store(state + (slot - 1) * E, old, mask=real)
+        inputs_ready(PDL)
+        new = tl.load(proj + u_at + e, mask=real, other=0.0)
+        p += new.to(tl.float32) * last
         if K > 1:
             tl.store(state + (K - 2) * E, new, mask=real)
         tl.store(u + row * E + e, (p * tl.sigmoid(p)).to(u.dtype.element_ty), mask=real)
@@ -169,8 +217,52 @@ def prepare(
         conv_weight, conv_bias, conv_state, u,
         E, proj.stride(0), ks.stride(0), ks.stride(1), vs.stride(0), vs.stride(1), ks.shape[2], u_at, eps,
         H=H, G=n_kv_heads, DK=DK, DV=d_value, BK=triton.next_power_of_2(DK), BV=triton.next_power_of_2(d_value),
-        K=K, BE=BE, NORM=q_norm is not None, KV=int(KV), num_warps=2,
+        K=K, BE=BE, NORM=q_norm is not None, KV=int(KV), num_warps=2, **overlap(q.device),
     )  # fmt: skip
+
+
+@triton.jit
+def _scan_rows(
+    block, row, x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, E, x_row, gate_row, rank,
+    eps, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PROJECT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """-> y of channels block BE .. of one row, float32; what earlier kernels of the step do not write is loaded before
+    the wait"""
+    e, n = block * BE + tl.arange(0, BE), tl.arange(0, NP)
+    real_e, real_n = e < E, n < N
+    real = real_e[:, None] & real_n[None, :]
+    TYPE: tl.constexpr = x.dtype.element_ty
+    at = e[:, None] * N + n[None, :]
+    rate = tl.load(A + at, mask=real, other=0.0)
+    h = tl.load(state + row * E * N + at, mask=real, other=0.0)
+    bias = tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32)
+    skip = tl.load(D + e, mask=real_e, other=0.0).to(tl.float32)
+    if PROJECT:
+        r = tl.arange(0, RANK)
+        w = tl.load(dt_weight + e[:, None] * rank + r[None, :], mask=real_e[:, None] & (r < rank)[None, :], other=0.0)
+    inputs_ready(PDL)
+    x += row * x_row
+    v = tl.load(u + row * E + e, mask=real_e, other=0.0).to(tl.float32)
+    z = tl.load(gate + row * gate_row + e, mask=real_e, other=0.0).to(tl.float32)
+    b = tl.load(x + rank + n, mask=real_n, other=0.0).to(tl.float32)
+    c = tl.load(x + rank + N + n, mask=real_n, other=0.0).to(tl.float32)
+    if PROJECT:
+        low = tl.load(x + r, mask=r < rank, other=0.0).to(tl.float32)
+        low *= tl.rsqrt(tl.sum(low * low, axis=0) / rank + eps)
+        low = low.to(TYPE).to(tl.float32) * tl.load(dt_norm + r, mask=r < rank, other=0.0).to(tl.float32)
+        delta = tl.sum(w.to(tl.float32) * low[None, :], axis=1)
+    else:
+        delta = tl.load(dt + row * E + e, mask=real_e, other=0.0).to(tl.float32)
+    b = (b * tl.rsqrt(tl.sum(b * b, axis=0) / N + eps)).to(TYPE).to(tl.float32)
+    b *= tl.load(B_norm + n, mask=real_n, other=0.0).to(tl.float32)
+    c = (c * tl.rsqrt(tl.sum(c * c, axis=0) / N + eps)).to(TYPE).to(tl.float32)
+    c *= tl.load(C_norm + n, mask=real_n, other=0.0).to(tl.float32)
+    delta = softplus(delta + bias)
+    h = tl.exp(delta[:, None] * rate) * h + (delta * v)[:, None] * b[None, :]
+    tl.store(state + row * E * N + at, h, mask=real)
+    out = tl.sum(h * c[None, :], axis=1) + v * skip
+    return out * z * tl.sigmoid(z)
 
 
 @triton.jit
@@ -178,54 +270,115 @@ def _scan_step_kernel(
     x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, x_row, gate_row, rank, eps,
     N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
-    e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, NP)
-    row = tl.program_id(1).to(tl.int64)
-    real_e, real_n = e < E, n < N
-    real = real_e[:, None] & real_n[None, :]
-    TYPE: tl.constexpr = x.dtype.element_ty
-    x += row * x_row
-    if PROJECT:
-        r = tl.arange(0, RANK)
-        low = tl.load(x + r, mask=r < rank, other=0.0).to(tl.float32)
-        low *= tl.rsqrt(tl.sum(low * low, axis=0) / rank + eps)
-        low = low.to(TYPE).to(tl.float32) * tl.load(dt_norm + r, mask=r < rank, other=0.0).to(tl.float32)
-        at = e[:, None] * rank + r[None, :]
-        w = tl.load(dt_weight + at, mask=real_e[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
-        delta = tl.sum(w * low[None, :], axis=1)
-    else:
-        delta = tl.load(dt + row * E + e, mask=real_e, other=0.0).to(tl.float32)
-    b = tl.load(x + rank + n, mask=real_n, other=0.0).to(tl.float32)
-    b = (b * tl.rsqrt(tl.sum(b * b, axis=0) / N + eps)).to(TYPE).to(tl.float32)
-    b *= tl.load(B_norm + n, mask=real_n, other=0.0).to(tl.float32)
-    c = tl.load(x + rank + N + n, mask=real_n, other=0.0).to(tl.float32)
-    c = (c * tl.rsqrt(tl.sum(c * c, axis=0) / N + eps)).to(TYPE).to(tl.float32)
-    c *= tl.load(C_norm + n, mask=real_n, other=0.0).to(tl.float32)
-    delta = softplus(delta + tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32))
-    v = tl.load(u + row * E + e, mask=real_e, other=0.0).to(tl.float32)
-    z = tl.load(gate + row * gate_row + e, mask=real_e, other=0.0).to(tl.float32)
-    at = e[:, None] * N + n[None, :]
-    rate = tl.load(A + at, mask=real, other=0.0)
-    h = tl.load(state + row * E * N + at, mask=real, other=0.0)
-    h = tl.exp(delta[:, None] * rate) * h + (delta * v)[:, None] * b[None, :]
-    tl.store(state + row * E * N + at, h, mask=real)
-    out = tl.sum(h * c[None, :], axis=1) + v * tl.load(D + e, mask=real_e, other=0.0).to(tl.float32)
-    tl.store(y + row * E + e, (out * z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=real_e)
+    row, e = tl.program_id(1).to(tl.int64), tl.program_id(0) * BE + tl.arange(0, BE)
+    out = _scan_rows(tl.program_id(0), row, x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state,
+                     E, x_row, gate_row, rank, eps, N, NP, RANK, BE, PROJECT, False)  # fmt: skip
+    tl.store(y + row * E + e, out.to(y.dtype.element_ty), mask=e < E)
+
+
+def _scan_sizes(state: Tensor, rank: int, BE: int) -> dict[str, int]:
+    N = state.shape[2]
+    return {"N": N, "NP": triton.next_power_of_2(N), "RANK": triton.next_power_of_2(rank), "BE": BE}
 
 
 def scan_step(
-    x: Tensor, u: Tensor, dt: Tensor | None, dt_norm: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
+    x: Tensor, u: Tensor, dt: Tensor, dt_norm: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor,
     B_norm: Tensor, C_norm: Tensor, D: Tensor, gate: Tensor, state: Tensor, eps: float, y: Tensor,
 ) -> None:  # fmt: skip
-    """x: (B, rank + 2 N) of `x_proj`, u: (B, E), dt: (B, E), or None: it is projected here, gate: (B, E) of any row
-    stride, state: (B, E, N) float32, is advanced -> y: (B, E), which is written"""
-    B, E, N = state.shape
-    rank = dt_weight.shape[1]
-    BE = 16 if B == 1 else 64
+    """x: (B, rank + 2 N) of `x_proj`, u, dt: (B, E), gate: (B, E) of any row stride, state: (B, E, N) float32, is
+    advanced -> y: (B, E), which is written"""
+    (B, E, _), rank, BE = state.shape, dt_weight.shape[1], 64
     _scan_step_kernel[(triton.cdiv(E, BE), B)](
-        x, u, u if dt is None else dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y,
-        E, x.stride(0), gate.stride(0), rank, eps,
-        N=N, NP=triton.next_power_of_2(N), RANK=triton.next_power_of_2(rank), BE=BE, PROJECT=dt is None, num_warps=4,
+        x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y,
+        E, x.stride(0), gate.stride(0), rank, eps, **_scan_sizes(state, rank, BE), PROJECT=False, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _attend_and_project_kernel(
+    x, w, y, rows, pieces, groups, q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+    S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+    q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
+    k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
+    R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_begin(PDL)
+    job = tl.program_id(0)
+    if job < pieces * groups:
+        inputs_ready(PDL)
+        attend_piece(
+            job % pieces, pieces, job // pieces, (job * 0).to(tl.int64),
+            q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+            S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+            q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
+            k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
+            R, RP, DK, DV, BK, BV, BN, PRECISION,
+        )  # fmt: skip
+    else:
+        _gemv_rows(job - pieces * groups, x, x, x, x, 0, w, w, x, y, rows, 0.0, K, False, 0, 0, False, ROWS, COLUMNS,
+                   PDL)  # fmt: skip
+
+
+@triton.jit
+def _merge_and_scan_kernel(
+    partial, lse, attn, pieces, heads, attn_norm, ssm_norm, squares,
+    x, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, rank, eps,
+    DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_begin(PDL)
+    job = tl.program_id(0)
+    if job < heads:
+        j = tl.arange(0, BV)
+        at = job * DV + j
+        weight = tl.load(attn_norm + at, mask=j < DV, other=0.0).to(tl.float32)
+        inputs_ready(PDL)
+        out = merge_head(job.to(tl.int64), partial, lse, pieces, DV, BV, PP)
+        tl.store(attn + at, (out * weight).to(attn.dtype.element_ty), mask=j < DV)
+        tl.store(squares + job, tl.sum(out * out, axis=0))
+    elif job * BE < heads * BE + E:
+        at = (job - heads) * BE + tl.arange(0, BE)
+        weight = tl.load(ssm_norm + at, mask=at < E, other=0.0).to(tl.float32)
+        out = _scan_rows(job - heads, (job * 0).to(tl.int64), x, u, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm,
+                         D, gate, state, E, 0, 0, rank, eps, N, NP, RANK, BE, True, PDL)  # fmt: skip
+        tl.store(y + at, (out * weight).to(y.dtype.element_ty), mask=at < E)
+        tl.store(squares + job, tl.sum(tl.where(at < E, out * out, 0.0), axis=0))
+    else:
+        inputs_ready(PDL)
+        tl.store(squares + job, 0.0)
+
+
+def branches(
+    q: Tensor, positions: Tensor, sources: Sequence[KeyValue], window: int | None, n_meta: int, scale: float,
+    u: Tensor, x_proj: Tensor, dt_norm: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, B_norm: Tensor,
+    C_norm: Tensor, D: Tensor, gate: Tensor, state: Tensor, eps: float, attn_norm: Tensor, ssm_norm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both branches of a batch of one, side by side in two kernels, from what `prepare` leaves.
+
+    q: (1, H, 1, dk) and so on as in `decode_attention`; u, gate: (1, E), x_proj: (rank + 2 N, E), state: (1, E, N)
+    float32, is advanced -> attention (1, H dv) and SSM (1, E), times the weights of their norms, and sums of squares
+    without these weights: H of attention, the others of the SSM
+    """
+    cut, (H, G, DV) = plan(q, positions, sources, window, n_meta, scale), (q.shape[1], *sources[0].v.shape[1::2])
+    (rows, E), rank, device = x_proj.shape, dt_weight.shape[1], u.device
+    attn = torch.empty(1, H * DV, dtype=q.dtype, device=device)
+    low, y = (torch.empty(1, n, dtype=u.dtype, device=device) for n in (rows, E))
+    ROWS = 1 if not INTERPRET else 4
+    _attend_and_project_kernel[(cut.pieces * G + triton.cdiv(rows, ROWS),)](
+        u, x_proj, low, rows, cut.pieces, G, *cut.arguments, **cut.sizes, K=E, ROWS=ROWS, COLUMNS=4 * COLUMNS,
+        num_warps=4, **overlap(device),
+    )  # fmt: skip
+    BE = 16
+    squares = torch.empty(triton.next_power_of_2(H + triton.cdiv(E, BE)), dtype=torch.float32, device=device)
+    _merge_and_scan_kernel[(squares.shape[0],)](
+        cut.partial, cut.lse, attn, cut.pieces, H, attn_norm, ssm_norm, squares,
+        low, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, rank, eps,
+        DV=DV, BV=triton.next_power_of_2(DV), PP=triton.next_power_of_2(cut.pieces),
+        **_scan_sizes(state, rank, BE), num_warps=4, **overlap(device),
+    )  # fmt: skip
+    return attn, y, squares
 
 
 @triton.jit

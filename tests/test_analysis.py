@@ -20,7 +20,7 @@ from hymba.analysis.report import FIGURES, write
 from hymba.analysis.run import analyze, passes
 from hymba.cli import run
 from hymba.errors import UserError
-from hymba.model.layout import rotate
+from hymba.ops.reference import rotate
 
 pytest_plugins = "tiny_llm"
 

@@ -116,6 +116,37 @@ def test_norms():
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_elementwise(rows):
+    """Heads as they come from a projection; angles of all rows or of each."""
+    torch.manual_seed(0)
+    heads = randn(2, 19, 3, 10).transpose(1, 2)
+    angles = randn(rows, 1, 19, 5).repeat(1, 1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    for x, bound in ((heads, FP32), (_bf16(heads), BF16)):
+        expected = run(lambda x: reference.rotate(x.float(), cos.to(x.dtype), sin.to(x.dtype)), [x], torch.float32)
+        actual = run(lambda x: gpu.rotate(x, on_device(cos), on_device(sin)), [on_device(x)])
+        for a, b in zip(actual, expected, strict=True):
+            assert_near(a.cpu(), b, bound, f"rotate {x.dtype}")
+    assert_as_reference("gated_silu", [randn(2, 7, 33), randn(2, 7, 33)])
+
+
+@pytest.mark.parametrize("V", [2, 16, 37])
+def test_cross_entropy(V):
+    """In rows of a wider tensor, whose other columns stay; with a target that does not count and logits of -inf."""
+    torch.manual_seed(0)
+    wide, targets = 30 * randn(5, V + 3), torch.randint(V, (5,))
+    targets[2] = -100
+    wide[3, : V - 1] = float("-inf")
+    targets[3] = V - 1
+    right, ours = wide.clone(), on_device(wide.clone())
+    expected = reference.cross_entropy_(right[:, :V], targets, -100)
+    actual = gpu.cross_entropy_(ours[:, :V], on_device(targets), -100)
+    assert (actual.cpu() - expected).abs().max() < FP32 * 30  # of logits, not of a loss that may be 0
+    assert_near(ours.cpu()[torch.isfinite(wide)], right[torch.isfinite(wide)], FP32, "gradients")
+    assert torch.equal(ours[:, V:].cpu(), wide[:, V:])
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_of_one_query(window):
     """Over meta tokens and a ring that rows have filled to different lengths."""
@@ -187,7 +218,7 @@ def _chosen(count, index):
 def test_gemv(rows):
     """A matrix-vector product with what stands before and after it folded in."""
     torch.manual_seed(0)
-    K = 37
+    K = 38
     x, x2, w, up, v, v2, residual = (
         on_device(randn(*s)) for s in ((K,), (K,), (rows, K), (rows, K), (K,), (K,), (rows,))
     )
@@ -200,9 +231,40 @@ def test_gemv(rows):
     normed = reference.rms_norm(x, v, 1e-6)
     check(w @ x)
     check(w @ normed + residual, norm=v, eps=1e-6, residual=residual)
-    check(w @ reference.mean_of_norms(x, x2, v, v2, 1e-6), norm=v, eps=1e-6, mean_with=(x2, v2))
+    squares = torch.cat([x.square(), x2.square()]).view(4, -1).sum(1)
+    expected = w @ reference.mean_of_norms(x, x2, v, v2, 1e-6)
+    step.gemv(x * v, w, y.fill_(float("nan")), eps=1e-6, mean_with=(x2 * v2, squares, 2))
+    assert_near(y.cpu(), expected.cpu(), FP32, "mean of norms")
     check(torch.nn.functional.silu(w @ normed) * (up @ normed), norm=v, eps=1e-6, up=up)
     check(torch.relu(w @ x).square(), squared_relu=True)
+
+
+def test_branches_of_one_row():
+    """Attention beside the recurrence's step, from what `prepare` leaves."""
+    torch.manual_seed(0)
+    E, N, rank, H, G, M, slots, window, eps = 40, 4, 6, 6, 2, 5, 21, 20, 1e-6
+    length = torch.tensor([50])
+    ring = KeyValue(randn(1, G, slots, 16), randn(1, G, slots, 32), stored_positions(length, slots, M))
+    meta = KeyValue(randn(1, G, M, 16), randn(1, G, M, 32), torch.arange(M)[None])
+    q, at, u, gate = randn(1, H, 1, 16), length[:, None] - 1 + M, randn(1, E), randn(1, E)
+    weights = [randn(rank + 2 * N, E) / E**0.5, randn(rank), randn(E, rank), randn(E), -randn(E, N).exp()]
+    weights += [randn(N), randn(N), randn(E)]
+    x_proj, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D = weights
+    state = randn(1, E, N)
+    low = (u @ x_proj.T)[:, None].split((rank, N, N), dim=-1)
+    dt, B, C = (reference.rms_norm(x, w, eps) for x, w in zip(low, (dt_norm, B_norm, C_norm), strict=True))
+    expected_y, expected_state = reference.selective_scan(
+        u[:, None], dt @ dt_weight.T, dt_bias, A, B, C, D, gate[:, None], state
+    )
+    expected = reference.attention(q, at, None, [meta, ring], window, M, 0.25)
+    norms = randn(H * 32), randn(E)
+    given = on_device([q, at, [meta, ring], window, M, 0.25, u, *weights, gate, state, eps, *norms])
+    attn, y, squares = (x.cpu() for x in step.branches(*given))
+    assert_near(attn, expected[:, 0] * norms[0], FP32, "attention")
+    assert_near(y, expected_y[:, 0] * norms[1], FP32, "y")
+    sums = torch.stack([expected.square().sum(), expected_y.square().sum()])
+    assert_near(torch.stack([squares[:H].sum(), squares[H:].sum()]), sums, FP32, "sums of squares")
+    assert_near(given[-4].cpu(), expected_state, FP32, "state")
 
 
 @pytest.mark.gpu

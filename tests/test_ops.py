@@ -84,7 +84,7 @@ def run(function, inputs, dtype=None):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     # gradients of the outputs that bfloat16 holds exactly: they are to be the same for every type
-    gradients = [torch.randn(y.shape, generator=generator).bfloat16().float() for y in outputs]
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16().float().to(y.device) for y in outputs]
     loss = sum((y.float() * g).sum() for y, g in zip(outputs, gradients, strict=True))
     return [*outputs, *torch.autograd.grad(loss, leaves)]
 

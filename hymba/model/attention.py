@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hymba import ops
 from hymba.config import HymbaConfig, LayerPlan
 from hymba.model.cache import CachedLayer, LayerState
-from hymba.model.layout import Layout, rotate
+from hymba.model.layout import Layout
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
 
@@ -44,13 +44,13 @@ class Attention(nn.Module):
         if not kv:
             return shared
         k, v = (_split_heads(x, self.kv_heads) for x in kv)
-        k = rotate(self.k_norm(k), layout.cos, layout.sin)
+        k = ops.rotate(self.k_norm(k), layout.cos, layout.sin)
         return past.extend(KeyValue(k, v, layout.positions, layout.documents), layout.lengths)
 
     def forward(self, q: Tensor, layout: Layout, sources: tuple[KeyValue, ...]) -> Tensor:
         """q: (B, T, H dk), sources: as from `sources` -> (B, T, H dv)"""
         q = self.q_norm(_split_heads(q, self.heads))
-        q = rotate(q, layout.cos, layout.sin)
+        q = ops.rotate(q, layout.cos, layout.sin)
         return ops.attention(q, layout.positions, layout.documents, sources, self.window, self.n_meta, self.scale)
 
 

@@ -89,7 +89,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * up if self.gated else F.relu(up).square())
+        return self.down_proj(ops.gated_silu(self.gate_proj(x), up) if self.gated else F.relu(up).square())
 
 
 class Block(nn.Module):

@@ -53,9 +53,3 @@ class Rope(nn.Module):
             angles = positions[..., None].float() * inverse.unsqueeze(-2)  # (B or 1, T, dk / 2)
             angles = torch.cat([angles, angles], dim=-1)
         return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half form of RoPE. x: (B, heads, T, dk), cos, sin: (B or 1, 1, T, dk) -> as x"""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)

@@ -144,9 +144,21 @@ def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
 
 
+def rotate(x, cos, sin):
+    return backend(x).rotate(x, cos, sin)
+
+
+def gated_silu(gate, up):
+    return backend(gate).gated_silu(gate, up)
+
+
 def cross_entropy_(logits, targets, ignored):
     return backend(logits).cross_entropy_(logits, targets, ignored)
 
 
-for _name in ("rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "cross_entropy_"):
+_NAMES = (
+    "rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate", "gated_silu",
+    "cross_entropy_",
+)  # fmt: skip
+for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -15,10 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hymba.ops.reference import causal_conv, cross_entropy_, float32_inside, mean_of_norms, rms_norm
+from hymba.ops.reference import (
+    causal_conv,
+    cross_entropy_,
+    float32_inside,
+    gated_silu,
+    mean_of_norms,
+    rms_norm,
+    rotate,
+)
 from hymba.visibility import KeyValue, same_document, visible
 
-__all__ = ["attention", "causal_conv", "cross_entropy_", "mean_of_norms", "rms_norm", "selective_scan", "ssd"]
+__all__ = [
+    "attention", "causal_conv", "cross_entropy_", "gated_silu", "mean_of_norms", "rms_norm", "rotate", "selective_scan",
+    "ssd",
+]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats
 SEGMENT = 256

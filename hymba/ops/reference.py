@@ -196,6 +196,17 @@ def attention(
     return y.flatten(2).to(q.dtype)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half form of RoPE. x: (B, heads, T, dk), cos, sin: (B or 1, 1, T, dk), equal in both halves -> as x"""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) up, for two tensors of one shape and type."""
+    return F.silu(gate) * up
+
+
 def cross_entropy_(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Cross entropy in nats; the logits become the gradient of its sum. Has no gradient of its own.
 

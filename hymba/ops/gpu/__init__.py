@@ -1,7 +1,8 @@
 """The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
-family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode.
+family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,
+elementwise, loss.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from hymba.ops.gpu import flex
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
+from hymba.ops.gpu.elementwise import gated_silu_forward, rotate_forward
+from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
 from hymba.ops.gpu.norm import mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
-from hymba.ops.reference import cross_entropy_  # noqa: F401
 from hymba.visibility import KeyValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,3 +84,15 @@ def attention(
     ):
         return decode_attention(q, positions, sources, window, n_meta, scale)
     return flex.attention(q, positions, documents, sources, window, n_meta, scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return reference.rotate(x, cos, sin)
+    return rotate_forward(x, cos, sin)
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return reference.gated_silu(gate, up)
+    return gated_silu_forward(gate, up)

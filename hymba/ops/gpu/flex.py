@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -20,8 +21,11 @@ from hymba.ops import chunked
 from hymba.ops.gpu.common import needs_grad
 from hymba.visibility import EMPTY, KeyValue
 
+LEAST = 16  # width of a head that the compiled kernel takes
 BLOCK = 128  # queries and keys in a block
 NO_WINDOW = 2**30
+# tiles for heads of 64 and 128 on an H100, where the compiler's own choice takes twice the time forward
+HOPPER = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 EVERYBODY = -1  # the document of keys that every document sees
 # pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
 FEW = 2**20
@@ -50,10 +54,13 @@ def attention(
     where = tuple(source.positions for source in sources)
     owners = None if documents is None else tuple(source.documents for source in sources)
     mask = make(positions, where, documents, owners, NO_WINDOW if window is None else window, n_meta)
+    dv = v.shape[3]
+    q, k, v = (x if x.shape[3] >= LEAST else F.pad(x, (0, LEAST - x.shape[3])) for x in (q, k, v))
     # training has one shape, prompts have any
     flex = flex_attention if compiling else _compiled(dynamic=not needs_grad(q, k, v))
-    y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != H)
-    return y.transpose(1, 2).flatten(2)
+    options = HOPPER if q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9 else None
+    y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != H, kernel_options=options)
+    return y[..., :dv].transpose(1, 2).flatten(2)
 
 
 @lru_cache

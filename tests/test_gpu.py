@@ -208,6 +208,23 @@ def test_blocks_of_attention(case, window):
         assert torch.equal(masked | full, visible_somewhere)  # nothing is read for nothing
 
 
+@pytest.mark.parametrize("dk", [6, 16])
+def test_attention_of_narrow_heads(dk, monkeypatch):
+    """The compiled kernel takes no heads below 16, so they are padded."""
+    if not ON_GPU:  # the compiler has no kernel for what is to be differentiated on a CPU
+        monkeypatch.setattr(flex, "_compiled", lambda dynamic: flex.flex_attention)
+    monkeypatch.setattr(flex, "FEW", 0)
+    torch.manual_seed(0)
+    B, G, T, M, at = 2, 2, 40, 5, torch.arange(45)[None]
+    sources = [
+        KeyValue(randn(1, G, M, dk), randn(1, G, M, 2 * dk), at[:, :M]),
+        KeyValue(randn(B, G, T, dk), randn(B, G, T, 2 * dk), at[:, M:]),
+    ]
+    inputs = [randn(B, 4, T, dk), at[:, M:], None, sources, 20, M, 0.3]
+    actual = flex.attention(*(on_device(x) for x in inputs))
+    assert_near(actual.cpu(), reference.attention(*inputs), FP32, "y")
+
+
 def _chosen(count, index):
     """count: (rows, n), index: (rows, n, m) -> (rows, n, m), whether a block is among the first `count`"""
     listed = torch.arange(index.shape[2]) < count[..., None]

@@ -14,7 +14,7 @@ PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 
 class Bench(click.Command):
-    """`hymba bench peers ...` is a command of its own; every other word is what `hymba bench` shall time."""
+    """`hymba bench peers` and `hymba bench gpu` are commands of their own; other words are what shall be timed."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -23,6 +23,10 @@ class Bench(click.Command):
             from hymba.cli.bench_peers import peers
 
             return peers.make_context(f"{info_name} peers", args[1:], parent, **extra)
+        if args[:1] == ["gpu"]:
+            from hymba.cli.bench_gpu import gpu
+
+            return gpu.make_context(f"{info_name} gpu", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
 
@@ -30,7 +34,7 @@ class Bench(click.Command):
     cls=Bench,
     epilog="\b\nExamples:\n  hymba bench\n"
     "  hymba bench decode --precision int8 --precision int4 --batch 1 --batch 8 --context 2048\n"
-    "  hymba bench peers --help",
+    "  hymba bench peers --help\n  hymba bench gpu --help",
 )
 @click.argument("what", nargs=-1, metavar="[decode|prefill|train]...", type=click.Choice(WORKLOADS))
 @click.option("--model", default="1.5B", show_default=True, help=f"Shape: {', '.join(PRESETS)}, or a checkpoint's.")
@@ -55,7 +59,7 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
     First the fast path is checked against the reference. Then the workloads run in turn, and the memory's read
     bandwidth and the processor's arithmetic peak are probed around each repetition: what counts is the share of the
     limit, since a shared machine's speed moves. Ends with one JSON line. `hymba bench peers` compares with other
-    engines.
+    engines, `hymba bench gpu` measures on a GPU.
     """
     import torch
 

@@ -58,7 +58,9 @@ def attention(
     q, k, v = (x if x.shape[3] >= LEAST else F.pad(x, (0, LEAST - x.shape[3])) for x in (q, k, v))
     # training has one shape, prompts have any
     flex = flex_attention if compiling else _compiled(dynamic=not needs_grad(q, k, v))
-    options = HOPPER if q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9 else None
+    options = None
+    if not compiling and T >= BLOCK and q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9:
+        options = HOPPER
     y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != H, kernel_options=options)
     return y[..., :dv].transpose(1, 2).flatten(2)
 

@@ -1,0 +1,1 @@
+"""`hymba bench gpu`: measure.py times, and the other files say what."""

@@ -1,0 +1,88 @@
+"""Timing on a GPU, and the limits of the card that times are held against."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# dense bfloat16 operations a second, H100 and H200, by the maker's data sheet; MFU is a share of it
+PEAK_BF16 = 989e12
+EXPONENTIALS_PER_CLOCK = 16  # of one multiprocessor
+GPU = torch.device("cuda")
+
+
+def timed(work: Callable[[], object], least: int = 10, seconds: float = 0.3) -> float:
+    """Median seconds of one call, by events."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    spans, began = [], time.perf_counter()
+    while len(spans) < least or time.perf_counter() - began < seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        spans.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(spans)
+
+
+def captured(work: Callable[[], object]) -> Callable[[], None]:
+    """The kernels of `work` as a CUDA graph: what it costs without the time that Python takes to launch them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    free()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def limits() -> dict[str, float]:
+    """Bytes a second of a copy (read and written) and of reading, operations of a product, exponentials."""
+    x = torch.randn(1 << 29, device=GPU, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / timed(lambda: y.copy_(x))
+    read = x.nbytes / timed(lambda: x.view(torch.int32).sum())
+    a = torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16)
+    product = 2 * 8192**3 / timed(lambda: a @ a)
+    properties = torch.cuda.get_device_properties(GPU)
+    clock = properties.clock_rate * 1e3 if hasattr(properties, "clock_rate") else 1.755e9
+    return {
+        "copy": copy, "read": read, "product": product,
+        "exponentials": properties.multi_processor_count * EXPONENTIALS_PER_CLOCK * clock,
+    }  # fmt: skip
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=GPU).to(dtype)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def largest(batch: int, measure: Callable[[int], dict]) -> dict:
+    """`measure`, with the batch halved until it fits."""
+    while True:
+        try:
+            return {"batch": batch, **measure(batch)}
+        except torch.OutOfMemoryError:
+            free()
+            if batch == 1:
+                return {"batch": 0}
+            batch //= 2
+
+
+def shown(row: dict) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+    )

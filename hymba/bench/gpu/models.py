@@ -1,0 +1,124 @@
+"""Hymba itself: decoding, prefill and training steps of random weights."""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from hymba import Hymba, HymbaConfig
+from hymba.bench.gpu.measure import GPU, PEAK_BF16, captured, free, largest, shown, timed
+from hymba.bench.workloads import cache_bytes_read
+from hymba.cost import attention_operations, matmul_weights, training_operations
+from hymba.engine.decoder import make_decoder
+from hymba.model.cache import HymbaCache
+
+CONTEXT, STEPS = 8192, 16
+# rows of a training step, halved until they fit
+TRAINED = {"1.5B": 8, "350M": 16, "125M": 32}
+
+
+def random_model(config: HymbaConfig, dtype: torch.dtype = torch.bfloat16) -> Hymba:
+    with GPU:
+        model = Hymba(config)
+    rates = [block.heads.mamba.A_log.detach().clone() for block in model.blocks]
+    model = model.to(dtype).eval()
+    for block, rate in zip(model.blocks, rates, strict=True):
+        block.heads.mamba.A_log.data = rate
+    return model
+
+
+@torch.no_grad()
+def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
+    model, table = random_model(HymbaConfig.preset("1.5B")), []
+    weights = sum(p.nbytes for p in model.parameters())
+
+    def measure(batch: int) -> dict:
+        cache = model.new_cache(batch, CONTEXT)
+        for store in (*cache.k.values(), *cache.v.values()):
+            store.normal_()
+        before = CONTEXT - STEPS - 4
+        ids, step = torch.ones(batch, dtype=torch.int64, device=GPU), make_decoder(model, batch)
+
+        def run() -> None:
+            cache.lengths.fill_(before)
+            for _ in range(STEPS):
+                step(ids, cache)
+
+        seconds = timed(run, least=5) / STEPS
+        # states are read and written, keys and values read
+        moved = weights + cache_bytes_read(cache, before) + cache.ssm.nbytes + cache.conv.nbytes
+        return {
+            "tokens/s": batch / seconds, "ms a step": seconds * 1e3,
+            "of weight reading": weights / limit["copy"] / seconds,
+            "of all bytes": moved / limit["copy"] / seconds, "cache MB a row": _row_bytes(cache) / 1e6,
+        }  # fmt: skip
+
+    for batch in batches:
+        row = largest(batch, measure)
+        print(f"  Hymba-1.5B, decode at 8K: {shown(row)}", flush=True)
+        table.append(row)
+        free()
+    return table
+
+
+def _row_bytes(cache: HymbaCache) -> float:
+    return sum(value for name, value in cache.bytes().items() if name != "meta") / cache.batch_size
+
+
+@torch.no_grad()
+def prefill(length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
+    model, table = random_model(HymbaConfig.preset("1.5B")), []
+    for batch in (1, 8):
+        ids = torch.randint(1, 32000, (batch, length), device=GPU)
+
+        cache = model.new_cache(batch, length)
+
+        def run(ids=ids, cache=cache) -> None:
+            cache.lengths.zero_()
+            for piece in ids.split(chunk, dim=1):
+                hidden = model.hidden(piece, cache=cache)
+            model.lm_head(hidden[:, -1])
+
+        seconds = timed(run, least=3)
+        work = batch * (2.0 * length * matmul_weights(model.config) + attention_operations(model.config, 0, length))
+        row = {"batch": batch, "tokens/s": batch * length / seconds, "share of peak": work / seconds / PEAK_BF16}
+        print(f"  Hymba-1.5B, prefill of {length} in pieces of {chunk}: {shown(row)}", flush=True)
+        table.append(row)
+    return table
+
+
+def train(deadline: float, length: int = 2048) -> dict[str, dict]:
+    """Forward and backward of one batch in bfloat16, captured in a CUDA graph: tokens a second and model FLOPs."""
+    table = {}
+    for name, batch in TRAINED.items():
+        if time.perf_counter() > deadline:
+            print(f"  {name}: left out, the time is up")
+            continue
+        config = replace(HymbaConfig.preset(name), max_length=8192)
+        model = random_model(config).train()
+        gradients = []
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+
+        def measure(batch: int, model=model, config=config, gradients=gradients) -> dict:
+            torch.cuda.reset_peak_memory_stats()
+            ids = torch.randint(1, config.vocab_size, (batch, length), device=GPU)
+            replay = captured(lambda: model(ids, labels=ids).backward())
+
+            def run() -> None:
+                torch._foreach_zero_(gradients)
+                replay()
+
+            seconds = timed(run, least=3, seconds=1.0)
+            work = batch * length * training_operations(config, length)
+            return {
+                "tokens/s": batch * length / seconds, "MFU": work / seconds / PEAK_BF16,
+                "GB": torch.cuda.max_memory_allocated() / 1e9,
+            }  # fmt: skip
+
+        table[name] = largest(batch, measure)
+        print(f"  train {name} at {length}: {shown(table[name])}", flush=True)
+        del model, gradients, measure, parameter
+        free()
+    return table

@@ -536,6 +536,27 @@ def test_bench_measures_what_it_is_asked_for(arguments, names, hymba):
     assert all(row["tokens_per_second"] > 0 and row["share_of_limit"] > 0 for row in rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_gpu_says_that_there_is_none(hymba):
+    status, out, err = hymba("bench", "gpu")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "CUDA GPU", "hymba bench")
+
+
+def test_bench_gpu_compares_the_best_of_each():
+    from hymba.bench.gpu.suite import compared
+
+    ours = [{"tokens/s": 10.0, "cache MB a row": 2.0}, {"tokens/s": 30.0, "cache MB a row": 2.0}]
+    llama = [
+        {"batch": 64, "tokens/s": 6.0, "cache MB a row": 20.0},
+        {"batch": 1, "tokens/s": 3.0, "cache MB a row": 20},
+    ]
+    assert compared(ours, {"Llama": llama, "none": [], "too large": [{"batch": 0}]}) == {
+        "Llama": {"throughput": 5.0, "cache": 10.0}
+    }
+    assert compared("OutOfMemoryError: ", {"Llama": llama}) == {}
+
+
 @needs_native
 def test_bench_does_not_train_quantised_weights(hymba):
     status, out, err = hymba("bench", "train", "--precision", "int8")

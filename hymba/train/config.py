@@ -88,7 +88,7 @@ class Run:
     micro_tokens: int = 16384  # tokens of one forward pass; a batch is accumulated from these
     checkpoint_blocks: bool = False  # compute activations again in the backward pass instead of keeping them
     compile: bool = False  # torch.compile every block
-    graph: bool = False  # on a GPU: forward and backward pass as one CUDA graph, for models that are small
+    graph: bool = False  # on a GPU: forward and backward pass as one CUDA graph, which waits less for Python
     log_every: int = 10  # steps between two reports
     save_every: int = 100  # steps between two checkpoints
     keep: int = 2  # checkpoints that are kept

@@ -268,11 +268,23 @@ class Step {
     int64_t before = 0;
     for (int64_t b = 0; b < B_; b++) {
       const Keys k = keys(b);
-      const int64_t n = m_.G * k.n_chunks;
-      for (int64_t t = max<int64_t>(own.first - before, 0); t < min(own.last - before, n); t++)
-        attend_chunk(b, t / k.n_chunks, t % k.n_chunks, k);
-      before += n;
+      for (int64_t g = 0; g < m_.G; g++, before += k.n_chunks) {
+        const int64_t first = max<int64_t>(own.first - before, 0), last = min(own.last - before, k.n_chunks);
+        if (first < last) prepare_queries(b, g);
+        for (int64_t chunk = first; chunk < last; chunk++) attend_chunk(b, g, chunk, k);
+      }
     }
+  }
+
+  // the query heads of key head g, rotated, into mine_.query_input
+  void prepare_queries(int64_t b, int64_t g) const {
+    const int64_t R = m_.H / m_.G, dk = m_.dk;
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t head = g * R + r;
+      rotate(projected(b, head * dk), l_->q_norm == nullptr ? nullptr : l_->q_norm + head * dk, b, mine_.query + r * dk);
+    }
+    const Matrix k{kRounds ? kDenseBFloat16 : kDenseFloat32, 0, dk, nullptr, nullptr};
+    prepare(k, mine_.query, dk, R, mine_.query_input);
   }
 
   // norm and rotation of one query or key head
@@ -309,15 +321,9 @@ class Step {
     const int64_t begin = chunk * keys.chunk, end = min(begin + keys.chunk, keys.count);
     // the chunk with the newest token stores it; no other one looks at that slot
     if (end == keys.count && l_->producer == layer_) store_key_value(kv, b, g);
-    for (int64_t r = 0; r < R; r++) {
-      const int64_t head = g * R + r;
-      rotate(projected(b, head * dk), l_->q_norm == nullptr ? nullptr : l_->q_norm + head * dk, b, mine_.query + r * dk);
-    }
-    const Matrix k{kRounds ? kDenseBFloat16 : kDenseFloat32, 0, dk, nullptr, nullptr};
-    prepare(k, mine_.query, dk, R, mine_.query_input);
     float* sums = partial(b, g * R, chunk);
     const int64_t sums_row = kMaxChunks * s_.partial_row;
-    const float scale = 1.0f / root(static_cast<float>(dk));
+    const float scale = kLog2e / root(static_cast<float>(dk));  // powers of 2
     for (int64_t r = 0; r < R; r++) {
       __builtin_memset(sums + r * sums_row, 0, dv * sizeof(float));
       sums[r * sums_row + dv] = kLowest;  // largest score so far
@@ -366,7 +372,7 @@ class Step {
     float top = kLowest, weight[kMaxChunks], total = 0;
     for (int64_t c = 0; c < n_chunks; c++) top = max(top, partial(b, head, c)[dv]);
     for (int64_t c = 0; c < n_chunks; c++) {
-      weight[c] = exp(splat(max(partial(b, head, c)[dv] - top, kNegligible)))[0];
+      weight[c] = exp2(splat(partial(b, head, c)[dv] - top))[0];
       total += weight[c] * partial(b, head, c)[dv + 1];
     }
     const float inverse = 1.0f / total;

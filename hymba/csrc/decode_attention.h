@@ -1,6 +1,6 @@
 // Attention of a few query heads over a stretch of keys, for one new token; used by decode.cpp.
 //
-//   scores[r][j] = q[r] . k[j]        lanes along the head; 16 keys of one head are added up across lanes together
+//   scores[r][j] = q[r] . k[j]        lanes along the keys where there is vdpbf16ps and 16 keys are there, else along the head
 //   online softmax over a block       float32; what was summed up before is scaled when the largest score grows
 //   sums[r] += sum_j p[r][j] v[j]     lanes along the value head, R heads x 64 dimensions in registers
 //
@@ -19,7 +19,6 @@ constexpr int64_t kRow = kBlock + 16;   // a row of scores: kernels write whole 
 constexpr int64_t kKeysAtOnce = 32;    // even
 constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.cpp
 constexpr float kLowest = -1e30f;       // stands for no score yet
-constexpr float kNegligible = -200.0f;  // exp of it is 0 beside 1, in range of exp's argument reduction
 
 // n bytes from p on, a while later
 HYMBA_INLINE void prefetch_later(const void* p, int64_t n) {
@@ -74,9 +73,64 @@ void score_keys(const T* k, int64_t stride, int64_t n, int64_t dk, const typenam
   }
 }
 
+#if defined(__AVX512BF16__)
+// Scores of 16 keys for H heads, lanes along keys: dimensions are brought together in pairs, one vector of all keys for each,
+// by 64 shuffles for 32 dimensions that all heads share; no sums across lanes are left. dk: a multiple of 32.
+template <int H>
+void score_sixteen(const bf16* k, int64_t stride, int64_t dk, const bf16* q, float* scores) {
+  vf sums[H][2];
+#pragma GCC unroll 8
+  for (int h = 0; h < H; h++) sums[h][0] = sums[h][1] = zero();
+  for (int64_t d = 0; d < dk; d += 32) {
+    __m512 r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(k + d + i * stride);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++)
+#pragma GCC unroll 8
+      for (int h = 0; h < H; h++) {
+        int32_t pair;
+        __builtin_memcpy(&pair, q + h * dk + d + 2 * j, 4);
+        sums[h][j % 2] = (vf)_mm512_dpbf16_ps((__m512)sums[h][j % 2], (__m512bh)r[j], (__m512bh)_mm512_set1_epi32(pair));
+      }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < H; h++) store(scores + h * kRow, sums[h][0] + sums[h][1]);
+}
+
+template <int H>
+void score_sixteens(const bf16* k, int64_t stride, int64_t n, int64_t dk, const bf16* q, float* scores) {
+  for (int64_t j = 0; j < n; j += 16) {
+    for (int i = 0; i < 16; i++) prefetch_later(k + (j + i) * stride, dk * sizeof(bf16));
+    score_sixteen<H>(k + j * stride, stride, dk, q, scores + j);
+  }
+}
+#endif
+
 template <class T>
 void score(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot<T>::Input* q, int64_t heads, float* scores) {
   constexpr int step = Dot<T>::kStep;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == 2)
+    if (dk % 32 == 0) {
+      const int64_t whole = n / 16 * 16, parts = ceil_div(heads, 5);
+      for (int64_t part = 0, r = 0; part < parts; part++) {
+        const int64_t count = heads * (part + 1) / parts - r;
+        const bf16* x = q + r * dk;
+        float* out = scores + r * kRow;
+        switch (count) {
+          case 1: score_sixteens<1>(k, stride, whole, dk, x, out); break;
+          case 2: score_sixteens<2>(k, stride, whole, dk, x, out); break;
+          case 3: score_sixteens<3>(k, stride, whole, dk, x, out); break;
+          case 4: score_sixteens<4>(k, stride, whole, dk, x, out); break;
+          default: score_sixteens<5>(k, stride, whole, dk, x, out); break;
+        }
+        r += count;
+      }
+      k += whole * stride, scores += whole, n -= whole;
+    }
+#endif
   if (dk == 2 * step)
     score_keys<T, 2>(k, stride, n, dk, q, heads, scores);
   else if (dk == 4 * step)
@@ -85,8 +139,8 @@ void score(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot
     score_keys<T, 0>(k, stride, n, dk, q, heads, scores);
 }
 
-// Scores of a block -> weights exp(scale score - largest). sums: (dv) of the blocks before, then their largest score and
-// the sum of their weights.
+// Scores of a block -> weights 2^(scale score - largest). sums: (dv) of the blocks before, then their largest scaled score
+// and the sum of their weights.
 template <class W>
 void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sums, int64_t dv) {
   for (int64_t j = n; j < round_up(n, kW); j++) scores[j] = kLowest;
@@ -95,12 +149,12 @@ void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sum
   const float before = sums[dv], now = max(before, largest(top) * scale);
   vf total = zero();
   for (int64_t j = 0; j < n; j += kW) {
-    const vf p = rounded_as(weights, exp(vmax(load(scores + j) * scale - now, splat(kNegligible))));
+    const vf p = rounded_as(weights, exp2(load(scores + j) * scale - now));
     store(weights + j, p);
     total += p;
   }
   if (before != now) {
-    const float keep = before == kLowest ? 0.0f : exp(splat(max(before - now, kNegligible)))[0];
+    const float keep = before == kLowest ? 0.0f : exp2(splat(before - now))[0];
     int64_t d = 0;
     for (; d + kW <= dv; d += kW) store(sums + d, load(sums + d) * keep);
     for (; d < dv; d++) sums[d] *= keep;
@@ -156,28 +210,33 @@ void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* 
       float* from = sums + r * sums_row + u * kW;
       a[r][u] = U > 1 ? load(from) : u == 0 ? load_n(from, width) : zero();
     }
-  for (int64_t j = 0; j < n; j += 2) {
-    const bool odd = j + 1 == n;  // the last key alone: paired with itself, at weight 0
-    const bf16 *first = v + j * stride, *second = odd ? first : first + stride;
-    const uint32_t kept = odd ? 0xffffu : 0xffffffffu;
-    prefetch_later(first, U * kW * sizeof(bf16));
-    prefetch_later(second, U * kW * sizeof(bf16));
+  const auto add = [&](int64_t j, __mmask32 there) __attribute__((always_inline)) {  // there: what counts of key j + 1
+    const bf16 *first = v + j * stride, *second = first + stride;
     __m512i pair[2 * C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
-      const __m512i x = _mm512_maskz_loadu_epi16(mask, first + 32 * c), y = _mm512_maskz_loadu_epi16(mask, second + 32 * c);
+      const __m512i x = _mm512_maskz_loadu_epi16(mask, first + 32 * c), y = _mm512_maskz_loadu_epi16(there, second + 32 * c);
       pair[2 * c] = _mm512_permutex2var_epi16(x, low, y);
       pair[2 * c + 1] = _mm512_permutex2var_epi16(x, high, y);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      uint32_t both;
+      int32_t both;
       __builtin_memcpy(&both, p + r * kRow + j, 4);
-      const __m512bh weights = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(both & kept));
+      __m512i weights = _mm512_set1_epi32(both);
+      asm("" : "+v"(weights));  // one load, not one in each product
 #pragma GCC unroll 8
-      for (int u = 0; u < 2 * C; u++) a[r][u] = (vf)_mm512_dpbf16_ps((__m512)a[r][u], (__m512bh)pair[u], weights);
+      for (int u = 0; u < 2 * C; u++)
+        a[r][u] = (vf)_mm512_dpbf16_ps((__m512)a[r][u], (__m512bh)pair[u], (__m512bh)weights);
     }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) {
+    prefetch_later(v + j * stride, U * kW * sizeof(bf16));
+    prefetch_later(v + (j + 1) * stride, U * kW * sizeof(bf16));
+    add(j, mask);
   }
+  if (j < n) add(j, 0);  // the last key alone: paired with zeros, whatever its neighbour's weight
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8

@@ -169,12 +169,10 @@ HYMBA_INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // ---- kW x kW blocks
 
-// to[j * to_step + i] = from[i * from_step + j]
-HYMBA_INLINE void transpose(float* to, int64_t to_step, const float* from, int64_t from_step) {
 #if defined(__AVX512F__)
-  __m512 r[16], s[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * from_step);
+// rows of a 16 x 16 block -> its columns
+HYMBA_INLINE void transpose(__m512 r[16]) {
+  __m512 s[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {  // pairs of rows
     s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
@@ -192,11 +190,25 @@ HYMBA_INLINE void transpose(float* to, int64_t to_step, const float* from, int64
     const __m512 even0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd0 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
     const __m512 even1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     const __m512 odd1 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(to + c * to_step, _mm512_shuffle_f32x4(even0, even1, 0x88));
-    _mm512_storeu_ps(to + (4 + c) * to_step, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
-    _mm512_storeu_ps(to + (8 + c) * to_step, _mm512_shuffle_f32x4(even0, even1, 0xdd));
-    _mm512_storeu_ps(to + (12 + c) * to_step, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+    s[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    s[4 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    s[8 + c] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    s[12 + c] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = s[i];
+}
+#endif
+
+// to[j * to_step + i] = from[i * from_step + j]
+HYMBA_INLINE void transpose(float* to, int64_t to_step, const float* from, int64_t from_step) {
+#if defined(__AVX512F__)
+  __m512 r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * from_step);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + i * to_step, r[i]);
 #else
   for (int i = 0; i < kW; i++)
     for (int j = 0; j < kW; j++) to[j * to_step + i] = from[i * from_step + j];

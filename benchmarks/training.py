@@ -2,8 +2,12 @@
 
     python benchmarks/training.py
     python benchmarks/training.py --shape 10M --precision float32 --batch 16 --length 512 --repeats 9
+    python benchmarks/training.py --memory
 
-Needs `transformers`. Both models get random weights, the same tokens, float32 parameters (bfloat16: under autocast) and
+With --memory instead the peak memory of forward and backward of our model alone, at 512, 1024, 2048 and 4096 tokens, each
+in a process of its own.
+
+Throughput needs `transformers`. Both models get random weights, the same tokens, float32 parameters (bfloat16: under autocast) and
 the trainer's optimiser, AdamW, with clipping; Llama runs with scaled dot product attention, and as deep, wide and with
 as many heads as ours; its MLP is as wide as it takes to have as many parameters. Steps alternate in one process, so
 that both see the same machine; ratios are medians of neighbouring steps. The share of the peak is operations (matrix
@@ -13,12 +17,15 @@ same precision does just before the step. Ends with one JSON line.
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-import transformers
 from torch import Tensor
 
 from hymba import HymbaConfig, cost
@@ -42,8 +49,13 @@ SHAPES = {
 }  # fmt: skip
 
 
+LENGTHS = (512, 1024, 2048, 4096)  # of --memory
+
+
 def llama(c: HymbaConfig) -> torch.nn.Module:
     """A Llama of as many parameters, to the width of its MLP."""
+    import transformers
+
     kv = c.n_kv_heads * c.d_key
     rest = c.vocab_size * c.d_model + c.n_layers * (2 * c.d_model * (c.d_model + kv) + 2 * c.d_model)
     d_ff = round((sum(cost.parameters(c).values()) - rest) / (c.n_layers * 3 * c.d_model))
@@ -134,6 +146,26 @@ def line(r: dict) -> str:
     return "; ".join(parts)
 
 
+def memory(shape: str, precision: str, batch: int, length: int) -> dict[str, object]:
+    """Peak memory of forward and backward, to be run in a process that has done nothing else."""
+    model = random_model(replace(SHAPES[shape], max_length=max(LENGTHS)), "float32").requires_grad_(True).train()
+
+    def peak(ids: Tensor) -> int:
+        """-> most bytes that this process has held so far, this pass included"""
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            value = model(ids, labels=ids)
+        value.backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    least = peak(torch.ones(1, 16, dtype=torch.int64))  # weights, gradients, and what libraries keep
+    most = peak(torch.randint(1, SHAPES[shape].vocab_size, (batch, length)))
+    return {
+        "shape": shape, "precision": precision, "batch": batch, "length": length, "peak_mb": round(most / 1e6),
+        "beyond_16_tokens_mb": round((most - least) / 1e6), "kb_per_token": round((most - least) / batch / length / 1e3),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, action="append")
@@ -141,8 +173,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="peak memory by length instead of throughput")
     a = parser.parse_args()
     rows = []
+    if a.memory:
+        cases = [
+            (shape, precision, a.batch, length)
+            for shape in a.shape or SHAPES for precision in a.precision or ("bfloat16",) for length in LENGTHS
+        ]  # fmt: skip
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            for case in cases:
+                rows.append(pool.apply(memory, case))
+                print(*(f"{name} {value}" for name, value in rows[-1].items()), sep=", ", flush=True)
+        print(json.dumps({"machine": machine(), "rows": rows}))
+        return
+    import transformers
+
     for shape in a.shape or SHAPES:
         for precision in a.precision or ("bfloat16", "float32"):
             rows.append(compare(shape, precision, a.batch, a.length, a.repeats))

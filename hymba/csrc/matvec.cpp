@@ -222,12 +222,17 @@ HYMBA_INLINE int64_t block_bytes(bool four, int64_t groups) {
   return four ? int4_scale_bytes(groups) + groups * 256 : groups * 512;
 }
 
-// 16 rows for C activations, of which the first is number `b` of `batch`
+// 16 rows for C activations, of which the first is number `b` of `batch`. In every group the lines from `line` to `last_line`
+// of what lies `ahead` are asked for.
 template <bool kFour, int C>
 void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t b, int64_t batch, int64_t groups,
-                float out[C][16]) {
+                int64_t ahead, int64_t line, int64_t last_line, float out[C][16]) {
   const bf16* scales = reinterpret_cast<const bf16*>(w);
   if (kFour) w += int4_scale_bytes(groups);
+  const auto ask_for = [&](int64_t g) {
+    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
+    if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
+  };
 #if defined(__AVX512VNNI__)
   const __m512i low = _mm512_set1_epi8(15);
   __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels)));
@@ -237,6 +242,7 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* x = q.x + (g * batch + b) * kGroup;
     const int32_t* bias = q.bias + g * batch + b;
+    ask_for(g);
     const float* scale = q.scale + g * batch + b;
     __m512i s[C], t[C];
     for (int c = 0; c < C; c++) s[c] = _mm512_set1_epi32(bias[c]), t[c] = _mm512_setzero_si512();
@@ -245,14 +251,11 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
       __m512i first, second;
       if (kFour) {
         const __m512i v = _mm512_loadu_si512(w + g * 256 + h * 64);
-        prefetch(w + g * 256 + h * 64 + kPrefetch);
         first = _mm512_shuffle_epi8(levels, _mm512_and_si512(v, low));
         second = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
       } else {
         first = _mm512_loadu_si512(w + g * 512 + h * 128);
         second = _mm512_loadu_si512(w + g * 512 + h * 128 + 64);
-        prefetch(w + g * 512 + h * 128 + kPrefetch);
-        prefetch(w + g * 512 + h * 128 + 64 + kPrefetch);
       }
       for (int c = 0; c < C; c++) {
         int32_t x0, x1;
@@ -278,11 +281,11 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* x = q.x + (g * batch + b) * kGroup;
     int32_t s[C][16] = {};
+    ask_for(g);
     for (int h = 0; h < 4; h++) {
       alignas(64) int8_t v[128];  // two steps of (16 rows, 4 inputs)
       if (kFour) {
         const uint8_t* p = w + g * 256 + h * 64;
-        prefetch(p + kPrefetch);
 #if defined(__AVX2__)
         const __m256i levels = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels)));
         for (int i = 0; i < 64; i += 32) {
@@ -296,8 +299,6 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
 #endif
       } else {
         const uint8_t* p = w + g * 512 + h * 128;
-        prefetch(p + kPrefetch);
-        prefetch(p + 64 + kPrefetch);
         for (int i = 0; i < 128; i++) v[i] = static_cast<int8_t>(p[i] ^ 128);
       }
       for (int step = 0; step < 2; step++)
@@ -420,9 +421,10 @@ void panels(const uint8_t* w, const float* row_scale, const Quantised& q, int64_
 
 template <bool kFour, int C>
 HYMBA_INLINE void block_columns(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t b, int64_t batch,
-                                int64_t groups, int64_t rows, float* y, int64_t y_row) {
+                                int64_t groups, int64_t ahead, int64_t line, int64_t last_line, int64_t rows, float* y,
+                                int64_t y_row) {
   alignas(64) float out[C][16];
-  block_tile<kFour, C>(w, row_scale, q, b, batch, groups, out);
+  block_tile<kFour, C>(w, row_scale, q, b, batch, groups, ahead, line, last_line, out);
   for (int c = 0; c < C; c++) __builtin_memcpy(y + c * y_row, out[c], rows * sizeof(float));
 }
 
@@ -443,7 +445,8 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
     }
   }
 #endif
-  const int64_t passes = ceil_div(batch, kMaxColumns);
+  const int64_t passes = ceil_div(batch, kMaxColumns), lines = (kFour ? 256 : 512) / kCacheLine;
+  const int64_t ahead = round_up(kPrefetch, bytes);
   for (; r < last; r += kRowBlock) {
     const uint8_t* block = static_cast<const uint8_t*>(w.data) + r / kRowBlock * bytes;
     const float* scale = kFour ? nullptr : w.scale + r;
@@ -451,16 +454,17 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
     int64_t b = 0;
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t columns = batch * (pass + 1) / passes - b;
+      const int64_t line = lines * pass / passes, last_line = lines * (pass + 1) / passes;
       float* out = y + b * y_row + r - first;
       switch (columns) {
-        case 1: block_columns<kFour, 1>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 2: block_columns<kFour, 2>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 3: block_columns<kFour, 3>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 4: block_columns<kFour, 4>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 5: block_columns<kFour, 5>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 6: block_columns<kFour, 6>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        case 7: block_columns<kFour, 7>(block, scale, q, b, batch, groups, rows, out, y_row); break;
-        default: block_columns<kFour, 8>(block, scale, q, b, batch, groups, rows, out, y_row); break;
+        case 1: block_columns<kFour, 1>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 2: block_columns<kFour, 2>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 3: block_columns<kFour, 3>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 4: block_columns<kFour, 4>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 5: block_columns<kFour, 5>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 6: block_columns<kFour, 6>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        case 7: block_columns<kFour, 7>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
+        default: block_columns<kFour, 8>(block, scale, q, b, batch, groups, ahead, line, last_line, rows, out, y_row); break;
       }
       b += columns;
     }

@@ -229,10 +229,6 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
                 int64_t ahead, int64_t line, int64_t last_line, float out[C][16]) {
   const bf16* scales = reinterpret_cast<const bf16*>(w);
   if (kFour) w += int4_scale_bytes(groups);
-  const auto ask_for = [&](int64_t g) {
-    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
-    if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
-  };
 #if defined(__AVX512VNNI__)
   const __m512i low = _mm512_set1_epi8(15);
   __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels)));
@@ -242,7 +238,8 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* x = q.x + (g * batch + b) * kGroup;
     const int32_t* bias = q.bias + g * batch + b;
-    ask_for(g);
+    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
+    if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
     const float* scale = q.scale + g * batch + b;
     __m512i s[C], t[C];
     for (int c = 0; c < C; c++) s[c] = _mm512_set1_epi32(bias[c]), t[c] = _mm512_setzero_si512();
@@ -281,7 +278,8 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* x = q.x + (g * batch + b) * kGroup;
     int32_t s[C][16] = {};
-    ask_for(g);
+    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
+    if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
     for (int h = 0; h < 4; h++) {
       alignas(64) int8_t v[128];  // two steps of (16 rows, 4 inputs)
       if (kFour) {

@@ -4,15 +4,15 @@
     python benchmarks/training.py --shape 10M --precision float32 --batch 16 --length 512 --repeats 9
     python benchmarks/training.py --memory
 
-With --memory instead the peak memory of forward and backward of our model alone, at 512, 1024, 2048 and 4096 tokens, each
-in a process of its own.
+With --memory instead the peak memory of forward and backward of our model alone, at 512, 1024, 2048 and 4096 tokens,
+each in a process of its own.
 
-Throughput needs `transformers`. Both models get random weights, the same tokens, float32 parameters (bfloat16: under autocast) and
-the trainer's optimiser, AdamW, with clipping; Llama runs with scaled dot product attention, and as deep, wide and with
-as many heads as ours; its MLP is as wide as it takes to have as many parameters. Steps alternate in one process, so
-that both see the same machine; ratios are medians of neighbouring steps. The share of the peak is operations (matrix
-products and visible attention pairs, forward and twice that backward) over time and over what a large product of the
-same precision does just before the step. Ends with one JSON line.
+Throughput needs `transformers`. Both models get random weights, the same tokens, float32 parameters (bfloat16: under
+autocast) and the trainer's optimiser, AdamW, with clipping; Llama runs with scaled dot product attention, and as deep,
+wide and with as many heads as ours; its MLP is as wide as it takes to have as many parameters. Steps alternate in one
+process, so that both see the same machine; ratios are medians of neighbouring steps. The share of the peak is
+operations (matrix products and visible attention pairs, forward and twice that backward) over time and over what a
+large product of the same precision does just before the step. Ends with one JSON line.
 """
 
 import argparse
@@ -160,9 +160,10 @@ def memory(shape: str, precision: str, batch: int, length: int) -> dict[str, obj
 
     least = peak(torch.ones(1, 16, dtype=torch.int64))  # weights, gradients, and what libraries keep
     most = peak(torch.randint(1, SHAPES[shape].vocab_size, (batch, length)))
+    grown = most - least
     return {
         "shape": shape, "precision": precision, "batch": batch, "length": length, "peak_mb": round(most / 1e6),
-        "beyond_16_tokens_mb": round((most - least) / 1e6), "kb_per_token": round((most - least) / batch / length / 1e3),
+        "beyond_16_tokens_mb": round(grown / 1e6), "kb_per_token": round(grown / batch / length / 1e3),
     }  # fmt: skip
 
 

@@ -26,16 +26,15 @@ GEMM_REPEATS = 5
 def peak_operations(device: torch.device, precision: str) -> float:
     """Operations a second of the device's matrix products: from the table, or else the fastest product measured now."""
     dtype = getattr(torch, precision)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAKS.items():
-            if dtype is torch.bfloat16 and known in name:
-                return peak
+    if device.type != "cuda":  # others may share it: the next measurement may find more
         return _fastest_product(device, dtype)
-    return _fastest_product.__wrapped__(device, dtype)
+    name = torch.cuda.get_device_name(device)
+    for known, peak in GPU_PEAKS.items():
+        if dtype is torch.bfloat16 and known in name:
+            return peak
+    return _measured_once(device, dtype)
 
 
-@lru_cache  # of a GPU; of a CPU, which others share, the next measurement may find more
 def _fastest_product(device: torch.device, dtype: torch.dtype) -> float:
     n = GEMM_SIZE.get(device.type, 2048)
     a = torch.ones(n, n, dtype=dtype, device=device)
@@ -45,3 +44,6 @@ def _fastest_product(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * n**3 / fastest
+
+
+_measured_once = lru_cache(_fastest_product)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from hymba import Hymba, HymbaConfig
-from hymba.bench.gpu.measure import GPU, PEAK_BF16, captured, free, largest, shown, timed
+from hymba.bench.gpu.measure import GPU, captured, free, largest, shown, timed
 from hymba.bench.workloads import cache_bytes_read
 from hymba.cost import attention_operations, matmul_weights, training_operations
 from hymba.engine.decoder import make_decoder
@@ -66,7 +66,7 @@ def _row_bytes(cache: HymbaCache) -> float:
 
 
 @torch.no_grad()
-def prefill(length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
+def prefill(limit: dict[str, float], length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
     model, table = random_model(HymbaConfig.preset("1.5B")), []
     for batch in (1, 8):
         ids = torch.randint(1, 32000, (batch, length), device=GPU)
@@ -81,13 +81,13 @@ def prefill(length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
 
         seconds = timed(run, least=3)
         work = batch * (2.0 * length * matmul_weights(model.config) + attention_operations(model.config, 0, length))
-        row = {"batch": batch, "tokens/s": batch * length / seconds, "share of peak": work / seconds / PEAK_BF16}
+        row = {"batch": batch, "tokens/s": batch * length / seconds, "share of peak": work / seconds / limit["peak"]}
         print(f"  Hymba-1.5B, prefill of {length} in pieces of {chunk}: {shown(row)}", flush=True)
         table.append(row)
     return table
 
 
-def train(deadline: float, length: int = 2048) -> dict[str, dict]:
+def train(limit: dict[str, float], deadline: float, length: int = 2048) -> dict[str, dict]:
     """Forward and backward of one batch in bfloat16, captured in a CUDA graph: tokens a second and model FLOPs."""
     table = {}
     for name, batch in TRAINED.items():
@@ -113,7 +113,7 @@ def train(deadline: float, length: int = 2048) -> dict[str, dict]:
             seconds = timed(run, least=3, seconds=1.0)
             work = batch * length * training_operations(config, length)
             return {
-                "tokens/s": batch * length / seconds, "MFU": work / seconds / PEAK_BF16,
+                "tokens/s": batch * length / seconds, "MFU": work / seconds / limit["peak"],
                 "GB": torch.cuda.max_memory_allocated() / 1e9,
             }  # fmt: skip
 

@@ -8,8 +8,6 @@ import torch
 from hymba.bench.gpu import check, kernels, measure, models, peers
 from hymba.errors import UserError
 
-SECTIONS = ("check", "kernels", "decode", "prefill", "peers", "train")
-
 
 def require_gpu() -> None:
     """Raises `UserError` if there is no GPU that our kernels run on."""
@@ -34,10 +32,10 @@ def run(sections: list[str], batches: list[int], seconds: float) -> dict:
           flush=True)  # fmt: skip
     works = {
         "check": check.check, "kernels": lambda: kernels.kernels(limit),
-        "decode": lambda: models.decode(batches, limit), "prefill": models.prefill,
-        "peers": lambda: peers.peers(batches, deadline), "train": lambda: models.train(deadline),
+        "decode": lambda: models.decode(batches, limit), "prefill": lambda: models.prefill(limit),
+        "peers": lambda: peers.peers(batches, deadline), "train": lambda: models.train(limit, deadline),
     }  # fmt: skip
-    for name in SECTIONS:
+    for name, work in works.items():
         if name not in sections:
             continue
         if time.perf_counter() > deadline:
@@ -45,7 +43,7 @@ def run(sections: list[str], batches: list[int], seconds: float) -> dict:
             continue
         print(name, flush=True)
         try:
-            report[name] = works[name]()
+            report[name] = work()
         except UserError:
             raise
         except Exception as error:  # one section must not cost the others

@@ -4,7 +4,7 @@ Eager code does not come this way, because an operator costs 17 us more per call
 than a `torch.autograd.Function` where a gradient is wanted (measured; a small model makes hundreds of calls a step).
 """
 
-from collections.abc import Sequence
+from typing import List, Sequence  # noqa: UP035 (PyTorch 2.6 knows no others in an operator's signature)
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def _attention_backward(
     q: Tensor, positions: Tensor, documents: Tensor | None, ks: Sequence[Tensor], vs: Sequence[Tensor],
     key_positions: Sequence[Tensor], key_documents: Sequence[Tensor | None], window: int | None, n_meta: int,
     scale: float, y: Tensor, lse: Tensor, gy: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, List[Tensor], List[Tensor]]:  # noqa: UP006  # fmt: skip
     sources = _sources(ks, vs, key_positions, key_documents)
     return native.attention_backward(q, positions, documents, sources, window, n_meta, scale, y, lse, gy)
 

@@ -6,6 +6,7 @@ says so, of intermediate results.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from conftest import TINY, random_ids, tiny_model
 from torch import Tensor
 
 from hymba import ops
+from hymba.csrc.build import build
 from hymba.errors import UserError
 from hymba.ops import chunked, library, reference
 from hymba.visibility import EMPTY, KeyValue
@@ -523,6 +525,13 @@ def test_kernels_run_in_a_forked_process():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """
     assert python(code) == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="needs Debian's g++-aarch64-linux-gnu")
+def test_the_kernels_compile_for_arm(tmp_path):
+    library = build(tmp_path / "libhymba.so", tmp_path, flags="-Werror", compiler="aarch64-linux-gnu-g++")
+    assert library.read_bytes()[18:20] == b"\xb7\0"  # the ELF header's machine: EM_AARCH64
 
 
 @needs_native

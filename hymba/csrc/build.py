@@ -2,15 +2,15 @@
 
     python hymba/csrc/build.py                              # -> hymba/ops/libhymba.so
     python hymba/csrc/build.py --output /some/libhymba.so --flags "-g -fsanitize=address"
+    CXX=aarch64-linux-gnu-g++ python hymba/csrc/build.py --output arm64/libhymba.so --objects arm64
 
 Needs g++ or clang++ (or $CXX) and nothing else. Kernel files are compiled once for each instruction set of the
-machine's architecture, the files in `ONCE` only once; the library chooses among them when it runs, so it is not tied to
+compiler's target, the files in `ONCE` only once; the library chooses among them when it runs, so it is not tied to
 the processor that built it.
 """
 
 import argparse
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -58,7 +58,8 @@ def build(
     command = shlex.split(compiler)
     objects = objects or SOURCE.parent.parent / "build" / "native"
     objects.mkdir(parents=True, exist_ok=True)
-    machine = platform.machine().replace("AMD64", "x86_64")
+    # the compiler's word, not the running machine's: it may be a cross compiler
+    machine = _run([*command, "-dumpmachine"]).split("-")[0].replace("amd64", "x86_64")
     extra = shlex.split(flags)
     jobs = []
     for isa, isa_flags in ISAS.get(machine, {"baseline": ""}).items():
@@ -72,23 +73,27 @@ def build(
         source, target, isa_flags = job
         needed = max(newest_header, source.stat().st_mtime)
         if not target.exists() or target.stat().st_mtime < needed:
-            _run([*command, *FLAGS, *isa_flags, *extra, "-c", str(source), "-o", str(target)])
+            _show(_run([*command, *FLAGS, *isa_flags, *extra, "-c", str(source), "-o", str(target)]))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
     # written aside and renamed: a running process keeps the library that it has mapped
     part = output.with_name(f"{output.name}.{os.getpid()}")
-    _run([*command, "-shared", "-pthread", *extra, *(str(target) for _, target, _ in jobs), "-o", str(part)])
+    _show(_run([*command, "-shared", "-pthread", *extra, *(str(target) for _, target, _ in jobs), "-o", str(part)]))
     part.replace(output)
     return output
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout[-4000:]}")
-    if done.stdout:
-        print(done.stdout, file=sys.stderr)
+    return done.stdout
+
+
+def _show(warnings: str) -> None:
+    if warnings:
+        print(warnings, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,19 @@ from hymba.ops import library
 NOISE = {8: 2e-4, 4: 1.2e-2}
 
 
+@pytest.fixture(params=library.isas() or ["no library"])
+def every_isa(request):
+    """Each instruction set of this machine in turn; the rest of this file takes the best one."""
+    if library.available():
+        best = library.isa()
+        library.use_isa(request.param)
+        yield
+        library.use_isa(best)
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (16, 32), (33, 65), (100, 160)])
 def test_stored_weights_are_near_the_original_ones(bits, rows, cols):
@@ -31,6 +44,7 @@ def test_stored_weights_are_near_the_original_ones(bits, rows, cols):
     assert torch.equal(matrix.rows_of(ids), expanded[ids])
 
 
+@pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("batch", [1, 3, 16, 40])
 def test_products_are_those_of_the_stored_weights(bits, batch):
@@ -83,6 +97,7 @@ def test_mistakes(tmp_path):
         Hymba.from_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize(("rows", "cols"), [(33, 70), (48, 32), (100, 1600)])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_product_does_not_depend_on_threads_or_on_other_rows(rows, cols, bits):

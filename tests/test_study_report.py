@@ -28,6 +28,7 @@ def run_record(arm: str, lr: float, seed: int, bits: float, accuracy: float) -> 
     return {
         "kind": "run", "arm": arm, "lr": lr, "seed": seed, "parameters": 1_000_000, "adjusted": "d_ff 8 -> 16",
         "ratio": "1:2.00", "bits_per_byte": bits, "objective": bits, "tasks": tasks,
+        "cloze": {"piqa": {"accuracy": accuracy, "accuracy_per_byte": accuracy / 2, "chance": 0.5, "questions": 9}},
         "curve": [[i * 1000, 6 - i / 20] for i in range(40)], "validation_curve": [[20_000, bits + 1], [40_000, bits]],
         "training_tokens_per_second": 10_000.0, "device": "CPU, 2 threads",
     }  # fmt: skip
@@ -155,6 +156,7 @@ def test_the_report_has_every_row_beside_the_papers_and_needs_no_other_file(path
             row = next(line for line in text.splitlines() if line.startswith(f"| {arm.row} | {arm.name} |"))
             assert f"| {paper.general:.2f} | {paper.recall:.2f} |" in row
             assert "±" in row
+    assert "cloze piqa | cloze piqa, per byte |" in text
     figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(figures) == ["by-size.png", "curves.png", "needles.png", "tradeoffs.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in figures)

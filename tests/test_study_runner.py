@@ -59,6 +59,9 @@ sizes = [80, 120]
 depths = [0, 1]
 documents = 2
 
+[cloze]
+ends = "ends.jsonl"
+
 [train]
 batch_tokens = 256
 stages = [{ tokens = 2048, length = 64 }, { tokens = 1024, length = 100, lr_end = 0.1 }]
@@ -76,6 +79,7 @@ PROSE = "What is the secret number of Bath? It is a truth that nobody could deny
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     draw = random.Random(0)
+    (tmp_path / "ends.jsonl").write_text('{"context": "It is a", "endings": [" truth", " number"], "answer": 0}\n')
     for name, words in (("train", 3000), ("validation", 300)):
         (tmp_path / f"{name}.txt").write_text(" ".join(draw.choices(PROSE.split(), k=words)))
     (tmp_path / "study.toml").write_text(STUDY)

@@ -12,6 +12,7 @@ from hymba.study.results import Record, Results, recall
 
 # two-sided 95% quantiles of Student's t, by degrees of freedom; beyond them that of 10 is used, which is stricter
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
+PER_BYTE = ", per byte"  # of a cloze task: by cost a byte instead of cost
 
 
 class Spread(NamedTuple):
@@ -36,7 +37,7 @@ class Summary:
     speed: Record | None  # its part of the latest measurement
 
     def by_seed(self, measure: str) -> dict[int, float]:
-        """bits_per_byte, recall, or a task: the mean of its settings."""
+        """bits_per_byte, recall, a task: the mean of its settings, or `cloze NAME` and `cloze NAME, per byte`."""
         return {seed: _value(record, measure) for seed, record in self.records.items()}
 
     def spread(self, measure: str) -> Spread:
@@ -55,6 +56,12 @@ class Summary:
     def tasks(self) -> list[str]:
         return list(next(iter(self.records.values()))["tasks"])
 
+    @property
+    def cloze(self) -> list[str]:
+        """Measures of cloze tasks, see `by_seed`."""
+        names = next(iter(self.records.values())).get("cloze", {})
+        return [f"cloze {name}{way}" for name in names for way in ("", PER_BYTE)]
+
     def cells(self, task: str) -> list[Record]:
         """The settings of a task, with the accuracy of each seed."""
         lists = [record["tasks"][task] for record in self.records.values()]
@@ -66,6 +73,9 @@ def _value(record: Record, measure: str) -> float:
         return record["bits_per_byte"]
     if measure == "recall":
         return recall(record)
+    if measure.startswith("cloze "):
+        name = measure.removeprefix("cloze ").removesuffix(PER_BYTE)
+        return record["cloze"][name]["accuracy_per_byte" if measure.endswith(PER_BYTE) else "accuracy"]
     return statistics.fmean(cell["accuracy"] for cell in record["tasks"][measure])
 
 

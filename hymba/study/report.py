@@ -154,7 +154,8 @@ def content(results: Results, found: Sequence[Summary]) -> list[Block]:
         Picture("tradeoffs", "Quality against cost", "Better is up in the upper row and down in the lower one; left "
                 "with the cache, right with the speed."),
         Heading("Recall, task by task"),
-        _tasks(found),
+        _right("right answers, %", found, found[0].tasks),
+        *_cloze(found),
         Picture("by-size", "Right answers by what there is to remember", "Dotted: someone who picks one of the values "
                 "that the document shows. Lengths beyond the rows of training are extrapolation."),
         Picture("needles", "Needle in a haystack", "Length of the haystack and depth of the needle; mean over seeds."),
@@ -207,10 +208,20 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Table:
     return Table(titles, tuple(rows), frozenset((0, 1, 2, 5)))
 
 
-def _tasks(found: Sequence[Summary]) -> Table:
-    tasks = found[0].tasks
-    rows = [(s.arm, *(_spread(s.spread(task), 100, 1) for task in tasks)) for s in found]
-    return Table(("right answers, %", *tasks), tuple(rows))
+def _right(title: str, found: Sequence[Summary], measures: Sequence[str]) -> Table:
+    rows = [(s.arm, *(_spread(s.spread(measure), 100, 1) for measure in measures)) for s in found]
+    return Table((title, *measures), tuple(rows))
+
+
+def _cloze(found: Sequence[Summary]) -> list[Block]:
+    measures = found[0].cloze
+    if not measures:
+        return []
+    about = (
+        "Cloze tasks: the share of questions in which the right ending costs the model least, in all or per byte; "
+        "where a question has one ending only, in which greedy decoding would write it."
+    )
+    return [Paragraph(about), _right("right endings, %", found, measures)]
 
 
 def _costs(results: Results, found: Sequence[Summary]) -> Table | Paragraph:

@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from hymba import Hymba, __version__
 from hymba.errors import UserError
-from hymba.study import data, evaluate, results, speed
+from hymba.study import cloze, data, evaluate, results, speed
 from hymba.study.results import Record, Results, Run
 from hymba.study.study import Study
+from hymba.tokenizer import Tokenizer
 from hymba.train import train
 from hymba.train.data import Source
 from hymba.train.parallel import backend
@@ -100,7 +101,10 @@ class Runner:
         return len(Schedule(self.study.training(built, self.study.learning_rates[0], 0, [Source("")])))
 
     def begin(self) -> None:
-        """Write the first line of the results, or see that they are of this study."""
+        """Write the first line of the results, or see that they are of this study. Raises `UserError` also for cloze
+        questions that cannot be read, before anything is trained."""
+        for path in self.study.cloze.values():
+            cloze.read(path)
         if self.path.exists():
             if self.results.study["fingerprint"] != self.study.fingerprint():
                 raise UserError(f"{self.path} has results of another study; name another folder with --output")
@@ -225,8 +229,13 @@ def work(order: Order) -> Record | None:
             name: evaluate.score(model, task, study.tasks[name].documents, config.run.micro_tokens)
             for name, task in tasks.items()
         }
+        tokenizer = Tokenizer.from_pretrained(order.sources[0].path)
+        endings = {
+            name: cloze.score(model, tokenizer, cloze.read(path), config.run.micro_tokens)
+            for name, path in study.cloze.items()
+        }
     learned = _learned(result.log, order.sources)
-    return about | learned | {"tasks": scores, **_machine(torch.device(device))}
+    return about | learned | {"tasks": scores, "cloze": endings, **_machine(torch.device(device))}
 
 
 def _learned(log: list[Record], sources: Sequence[Source]) -> Record:

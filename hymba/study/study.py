@@ -66,6 +66,7 @@ class Study:
     train: Mapping[str, Any]
     learning_rates: tuple[float, ...]  # tried for each arm on the first seed; the one with the lowest loss is used
     tasks: Mapping[str, TaskSettings] = field(default_factory=dict)
+    cloze: Mapping[str, str] = field(default_factory=dict)  # files of questions, see `hymba.study.cloze`
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: tuple[int, ...] = (0, 1, 2)
     speed: Speed = field(default_factory=Speed)
@@ -129,6 +130,8 @@ class Study:
     def fingerprint(self) -> str:
         """Changes with anything that makes results incomparable."""
         parts = {name: part for name, part in asdict(self).items() if name not in EXTENDABLE}
+        if not self.cloze:
+            del parts["cloze"]
         parts["first seed"] = self.seeds[0]
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,11 +147,13 @@ def load(path: str | Path) -> Study:
                 text[name] = [str(path.parent / str(file)) for file in text[name]]
         if text.get("prepared"):
             text["prepared"] = str(path.parent / str(text["prepared"]))
-    tasks, train, model = (table.pop(name, {}) for name in ("tasks", "train", "model"))
-    for name, value in (("tasks", tasks), ("train", train), ("model", model)):
+    apart = ("tasks", "cloze", "train", "model")
+    tasks, cloze, train, model = (table.pop(name, {}) for name in apart)
+    for name, value in zip(apart, (tasks, cloze, train, model), strict=True):
         if not isinstance(value, dict):
             raise UserError(f"{name} must be a table: [{name}]")
-    values = train_config.read_values(Study, table, "", without=("tasks", "train", "model"))
+    values = train_config.read_values(Study, table, "", without=apart)
+    cloze = {name: str(path.parent / str(file)) for name, file in cloze.items()}
     settings = {
         name: TaskSettings(**train_config.read_values(TaskSettings, t, f"tasks.{name}.")) for name, t in tasks.items()
     }
@@ -157,4 +162,4 @@ def load(path: str | Path) -> Study:
     config, checkpoint = train_config.read_model(model, ())
     if checkpoint:
         raise UserError("model.from is of no use here: all arms begin with fresh weights; write out its sizes")
-    return Study(model=config, train=train, tasks=settings, **values)
+    return Study(model=config, train=train, tasks=settings, cloze=cloze, **values)

@@ -11,7 +11,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define HYMBA_ISA amx  // and all of avx512_bf16
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define HYMBA_ISA avx512_bf16
 #elif defined(__AVX512F__)
 #define HYMBA_ISA avx512

@@ -73,7 +73,8 @@ def test_products_are_those_of_the_stored_weights(bits, batch):
     with torch.no_grad():
         product = matrix.product(x)
         assert ((product - exact).abs() <= bound).all()
-        assert all(torch.equal(matrix.product(row[None])[0], y) for row, y in zip(x, product, strict=True))
+        if library.available():  # PyTorch's product makes no such promise
+            assert all(torch.equal(matrix.product(row[None])[0], y) for row, y in zip(x, product, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

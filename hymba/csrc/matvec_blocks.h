@@ -202,7 +202,7 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
 #endif
 }
 
-#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#if defined(__AVX512VNNI__) && !defined(HYMBA_AMX)
 // int8 for many activations: a tile of 3 blocks x 4 activations loads 56 vectors for 96 dot products, where one block x 8
 // loads 72 for 64. Tiles run over a chunk of groups, so that the chunk stays in the first-level cache for all activations.
 constexpr int kBlocks = 3, kPanelColumns = 4;
@@ -288,7 +288,7 @@ void panels(const uint8_t* w, const float* row_scale, const Quantised& q, int64_
 }
 #endif
 
-#if defined(__AMX_INT8__)
+#if defined(HYMBA_AMX)
 // Vectors and tiles meet in memory only, and what was just stored cannot be loaded for a while: groups are unpacked some
 // turns before they are multiplied, and added up some turns after.
 constexpr int kLag = 4;
@@ -369,7 +369,7 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
   const int64_t groups = ceil_div(w.cols, kGroup), bytes = block_bytes(kFour, groups);
   const Quantised q = quantised(const_cast<void*>(input), groups, batch);
   int64_t r = first;
-#if defined(__AMX_INT8__)
+#if defined(HYMBA_AMX)
   Tiles tiles;
 #elif defined(__AVX512VNNI__)
   for (; !kFour && batch >= 8 && r < last; r += kBlocks * kRowBlock) {
@@ -389,7 +389,7 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
     const float* scale = kFour ? nullptr : w.scale + r;
     const int64_t rows = min(kRowBlock, last - r);
     int64_t b = 0;
-#if defined(__AMX_INT8__)
+#if defined(HYMBA_AMX)
     for (; b + 16 <= batch; b += 16) {
       tiles.use(16, kGroup);
       tile_columns<kFour, 16>(block, scale, q, b, batch, groups, ahead, rows, y + b * y_row + r - first, y_row);

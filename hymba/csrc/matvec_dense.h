@@ -131,7 +131,7 @@ constexpr int64_t kPanelRows = 3 * 16;  // rows that a near cache keeps for what
 // How many activations of a batch, the first ones, go through in panels. The last panel may be filled up with zeros.
 template <class T>
 HYMBA_INLINE int64_t in_panels(int64_t batch) {
-#if defined(__AMX_BF16__)
+#if defined(HYMBA_AMX)
   return sizeof(T) == 2 && batch > 1 ? batch : 0;
 #elif defined(__AVX512BF16__)
   // a panel costs as much as 13 activations in register tiles
@@ -169,7 +169,7 @@ void store_panel(const float* sums, int64_t rows, int64_t columns, float* y, int
 }
 #endif
 
-#if defined(__AMX_BF16__)
+#if defined(HYMBA_AMX)
 // 16 rows (or the last few) for P <= 4 panels
 template <int P>
 void panel_rows(const bf16* w, int64_t rows, int64_t cols, const bf16* x, float* sums) {

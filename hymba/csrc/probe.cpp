@@ -34,8 +34,10 @@ struct PeakArgs {
   int64_t n_threads;
 };
 
-constexpr int kChains = 12;      // latency 4 times two units, and some
+constexpr int kChains = 12;  // latency 4 times two units, and some
+#if defined(HYMBA_AMX)
 constexpr int kTileRounds = 10;  // a round of tiles takes so much longer than one of vectors
+#endif
 
 // Keeps a value in a register and tells the compiler that it changed.
 template <class V>
@@ -60,7 +62,7 @@ double peak_f32(int64_t rounds) {
 }
 
 double peak_bf16(int64_t rounds) {
-#if defined(__AMX_BF16__)
+#if defined(HYMBA_AMX)
   Tiles tiles;
   tiles.use(16, 64);  // and clears them
   rounds /= kTileRounds;
@@ -89,7 +91,7 @@ double peak_bf16(int64_t rounds) {
 }
 
 double peak_int8(int64_t rounds) {
-#if defined(__AMX_INT8__)
+#if defined(HYMBA_AMX)
   Tiles tiles;
   tiles.use(16, 64);  // and clears them
   rounds /= kTileRounds;

@@ -7,7 +7,7 @@
 namespace hymba {
 namespace HYMBA_ISA {
 
-#if defined(__AMX_TILE__)
+#if defined(HYMBA_AMX)
 // To be called for what was written before tiles, or their shape, are loaded from there: GCC 12 does not know that they are.
 HYMBA_INLINE void written(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 

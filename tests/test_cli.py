@@ -258,6 +258,16 @@ def test_generate_prints_prompt_and_completion(hymba, checkpoint, expected, tmp_
     assert hymba("generate", "-m", checkpoint, PROMPT, "--stream", *SHORT) == whole
 
 
+def test_a_cache_in_8_bits(hymba, checkpoint, monkeypatch):
+    asked = []
+    new_cache = Hymba.new_cache
+    monkeypatch.setattr(Hymba, "new_cache", lambda self, *a: asked.append(new_cache(self, *a)) or asked[-1])
+    [output] = LLM(checkpoint, cache="int8").generate(PROMPT, SamplingParams(max_tokens=6, temperature=0))
+    whole = (0, PROMPT + output.text + "\n", "")
+    assert hymba("generate", "-m", checkpoint, PROMPT, *SHORT, "--cache", "int8") == whole
+    assert [cache.kind for cache in asked] == ["int8", "int8"]
+
+
 def test_many_prompts_from_everywhere_keep_their_order(hymba, checkpoint, expected, tmp_path):
     (tmp_path / "lines").write_bytes("one\r\n\n \t\n  two\nthree\u2028still\n".encode())
     texts = ["zero", "one", "  two", "three\u2028still", "four"]
@@ -339,12 +349,22 @@ def test_info_says_what_the_formulas_say(hymba, checkpoint):
     assert facts["cache_bytes"].items() >= cache_bytes(config, 8, 8192, 2).items()
     assert one["cache_bytes"]["kv_if_meta_were_stored_per_sequence"] <= 79e6  # the paper's figure
     assert facts["llama_3_2_3b_kv_bytes"] == LLAMA_3B.kv_bytes(8, 8192, 2) == 8 * one["llama_3_2_3b_kv_bytes"]
+    small = json.loads(hymba("info", "1.5B", "--cache", "int8", "--json")[1])
+    assert small["cache_bytes"].items() >= cache_bytes(config, 1, 8192, 2, "int8").items()
+    assert (small["kv_dtype"], one["kv_dtype"]) == ("int8", "bfloat16")
     of_file = json.loads(hymba("info", checkpoint, "--json")[1])
     assert (of_file["context"], of_file["dtype"]) == (512, "float32")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["1.5B", "--batch", 8], ["350M", "--context", 100, "--dtype", "float32"], ["{model}"]], ids=str
+    "arguments",
+    [
+        ["1.5B", "--batch", 8],
+        ["350M", "--context", 100, "--dtype", "float32"],
+        ["{model}"],
+        ["1.5B", "--cache", "int8"],
+    ],
+    ids=str,
 )
 def test_info_fits_a_terminal(arguments, hymba, checkpoint):
     arguments = [checkpoint if argument == "{model}" else argument for argument in arguments]

@@ -13,8 +13,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 PROMPT, STEPS = 200, 8
 
 
-def fast_against_reference(config: HymbaConfig) -> dict[str, float]:
-    """Largest difference of logits relative to the largest logit, by dtype, for a prompt and the tokens after it.
+def fast_against_reference(config: HymbaConfig, kind: str | None = None) -> dict[str, float]:
+    """Largest difference of logits relative to the largest logit, by dtype, for a prompt and the tokens after it, both
+    by way of a cache of that kind.
 
     The model has the heads of `config` in a few layers. Raises `UserError` if the fast path is off by more than
     rounding explains.
@@ -33,10 +34,10 @@ def fast_against_reference(config: HymbaConfig) -> dict[str, float]:
         model = random_model(small, dtype)
         with torch.inference_mode():
             with ops.use_backend("reference"):
-                expected = model(ids).float()
-            cache = model.new_cache(2, ids.shape[1])
+                expected = model(ids, cache=model.new_cache(2, ids.shape[1], kind)).float()
+            cache = model.new_cache(2, ids.shape[1], kind)
             parts = [model(ids[:, :PROMPT], cache=cache).float()]
-            decode = make_decoder(model, 2)
+            decode = make_decoder(model, 2, kind)
             parts += [decode(ids[:, t], cache)[:, None] for t in range(PROMPT, ids.shape[1])]
         errors[dtype] = float((torch.cat(parts, dim=1) - expected).abs().max() / expected.abs().max())
         if not errors[dtype] <= tolerance:

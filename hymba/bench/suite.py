@@ -43,19 +43,21 @@ def shape(model: str) -> HymbaConfig:
 
 
 def decode_workloads(
-    model: Hymba, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...]
+    model: Hymba, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...], kind: str | None = None
 ) -> Iterator[tuple[str, workloads.Workload]]:
+    cache = f", {kind} cache" if kind else ""
     for context in contexts:
         for batch in batches:
-            name = f"decode {precision}, batch {batch}, context {context}"
-            yield name, workloads.decoding(model, precision, batch, context, STEPS)
+            name = f"decode {precision}, batch {batch}, context {context}{cache}"
+            yield name, workloads.decoding(model, precision, batch, context, STEPS, kind)
 
 
 def prefill_workloads(
-    model: Hymba, precision: str, contexts: tuple[int, ...]
+    model: Hymba, precision: str, contexts: tuple[int, ...], kind: str | None = None
 ) -> Iterator[tuple[str, workloads.Workload]]:
+    cache = f", {kind} cache" if kind else ""
     for length in contexts:
-        yield f"prefill {precision}, {length} tokens", workloads.prefill(model, precision, length, CHUNK)
+        yield f"prefill {precision}, {length} tokens{cache}", workloads.prefill(model, precision, length, CHUNK, kind)
         if scans := workloads.scans(model, length, CHUNK):
             yield f"  its selective scans, {length} tokens", scans
 

@@ -50,6 +50,7 @@ class Bench(click.Command):
     "--context", "contexts", multiple=True, type=click.IntRange(1), default=(2048,),
     help="Tokens in the cache when decoding begins, or of the prompt; may be repeated.  [default: 2048]",
 )  # fmt: skip
+@click.option("--cache", type=click.Choice(["int8"]), help="Decode and prefill with keys and values of 8 bits.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Repetitions of each workload.")
 @click.option("--threads", type=click.IntRange(1), help="[default: PyTorch's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
@@ -69,11 +70,13 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
         raise UserError(
             f"quantised weights ({', '.join(sorted(quantised))}) are not trained; choose another --precision"
         )
+    if set(what) == {"train"} and options["cache"]:
+        raise UserError("training steps use no cache; leave --cache away")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     limits.require_probes()
     config = suite.shape(options["model"])
-    errors = check.fast_against_reference(config)
+    errors = check.fast_against_reference(config, options["cache"])
     if not as_json:
         shown = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
         print(f"fast path checked against the reference, relative error of the logits: {shown}")
@@ -82,9 +85,9 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
         works = {}
         model = workloads.random_model(config, precision) if set(what) != {"train"} else None
         if "decode" in what or not what:
-            works |= suite.decode_workloads(model, precision, options["batches"], options["contexts"])
+            works |= suite.decode_workloads(model, precision, options["batches"], options["contexts"], options["cache"])
         if "prefill" in what or not what:
-            works |= suite.prefill_workloads(model, precision, options["contexts"])
+            works |= suite.prefill_workloads(model, precision, options["contexts"], options["cache"])
         if "train" in what:
             works |= suite.train_workloads(config, precision)
         with job(f"measuring {precision}", (options["repeats"] + 1) * len(works), "runs") as bar:

@@ -22,8 +22,10 @@ from hymba.model.quant import Matrix, matrix
 from hymba.ops import library
 
 
-def supports(model: Hymba) -> str | None:
-    """Why this model cannot be decoded natively, in one sentence; None if it can."""
+def supports(model: Hymba, kind: str | None = None) -> str | None:
+    """Why this model cannot be decoded natively on a cache of that kind, in one sentence; None if it can."""
+    if kind is not None:
+        return "keys and values of 8 bits are decoded step by step"
     loaded = library.load()
     if isinstance(loaded, str):
         return loaded
@@ -64,6 +66,8 @@ class NativeDecoder:
             raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
         if cache.conv.dtype != self.dtype or cache.config != c:
             raise UserError("the cache was made by another model; make one with model.new_cache")
+        if cache.kind is not None:
+            raise UserError("keys and values of 8 bits are decoded step by step")
         ids = ids.to("cpu", torch.int64).contiguous()
         if not all(0 <= i < c.vocab_size for i in ids.tolist()):
             raise UserError(f"token ids must be from 0 to {c.vocab_size - 1}, got {ids.tolist()}")

@@ -99,7 +99,7 @@ def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
         ("Keys and values in comparison, MB", *rows),
         [
             ("with the meta tokens in every row", *per_row(cache["kv_if_meta_were_stored_per_sequence"])),
-            ("Llama-3.2-3B", *per_row(facts["llama_3_2_3b_kv_bytes"])),
+            ("Llama-3.2-3B" + f" ({dtype})" * (kv != dtype), *per_row(facts["llama_3_2_3b_kv_bytes"])),
         ],
     )
     ours, all_of_it = facts["kv_ratio"], facts["rows_ratio"]

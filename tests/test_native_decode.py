@@ -225,6 +225,19 @@ def test_extreme_weights_stay_finite():
     assert_close(found, expected, 1e-3)  # scores of 1e4 carry errors of 1e-3 into the softmax
 
 
+@pytest.mark.parametrize("isa", library.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_workspace_held_does_not_matter(dtype, isa, monkeypatch):
+    """Rows of 3 to 30 keys, in stretches of odd and even lengths that fill whole vectors, or do not."""
+    library.use_isa(isa)
+    model = tiny_model() if dtype == torch.float32 else in_bfloat16(tiny_model())
+    ids, found, make = random_ids(2, 27), [], NativeDecoder._make_workspace
+    for byte in (0, 0xFF):
+        monkeypatch.setattr(NativeDecoder, "_make_workspace", lambda s, n: make(s, n) or s._workspace.fill_(byte))  # noqa: B023
+        found.append(by_decoder(model, model.new_cache(2, 27), ids))
+    assert found[0].isfinite().all() and torch.equal(*found)
+
+
 def test_mistakes():
     model = tiny_model()
     decoder, cache = NativeDecoder(model, 2), model.new_cache(2, 2)

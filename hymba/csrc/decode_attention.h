@@ -140,15 +140,15 @@ void score(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot
 }
 
 // Scores of a block -> weights 2^(scale score - largest). sums: (dv) of the blocks before, then their largest scaled score
-// and the sum of their weights.
+// and the sum of their weights. A weight of 0 follows the last: it is multiplied where keys are summed in pairs.
 template <class W>
 void softmax_block(float* scores, int64_t n, float scale, W* weights, float* sums, int64_t dv) {
-  for (int64_t j = n; j < round_up(n, kW); j++) scores[j] = kLowest;
+  for (int64_t j = n; j < round_up(n + 1, kW); j++) scores[j] = kLowest;
   vf top = splat(kLowest);
   for (int64_t j = 0; j < n; j += kW) top = vmax(top, load(scores + j));
   const float before = sums[dv], now = max(before, largest(top) * scale);
   vf total = zero();
-  for (int64_t j = 0; j < n; j += kW) {
+  for (int64_t j = 0; j <= n; j += kW) {
     const vf p = rounded_as(weights, exp2(load(scores + j) * scale - now));
     store(weights + j, p);
     total += p;
@@ -236,7 +236,7 @@ void weigh_tile(const bf16* v, int64_t n, int64_t stride, const bf16* p, float* 
     prefetch_later(v + (j + 1) * stride, U * kW * sizeof(bf16));
     add(j, mask);
   }
-  if (j < n) add(j, 0);  // the last key alone: paired with zeros, whatever its neighbour's weight
+  if (j < n) add(j, 0);  // the last key alone: paired with zeros, whatever its neighbour's weight, if that is finite
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8

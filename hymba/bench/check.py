@@ -10,6 +10,9 @@ from hymba.errors import UserError
 
 # float32: rounding of sums in another order. bfloat16: 8 bits, through the few layers of the model that is checked
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
+# with keys and values of 8 bits: one that falls between two steps may go either way, 1 / 127 of the largest of a head;
+# rounding them at all moves logits by 4e-3
+INT8_TOLERANCE = 1e-3
 PROMPT, STEPS = 200, 8
 
 
@@ -30,6 +33,7 @@ def fast_against_reference(config: HymbaConfig, kind: str | None = None) -> dict
     errors = {}
     ids = torch.randint(1, small.vocab_size, (2, PROMPT + STEPS))
     for dtype, tolerance in TOLERANCE.items():
+        tolerance = tolerance if kind is None else max(tolerance, INT8_TOLERANCE)
         torch.manual_seed(0)
         model = random_model(small, dtype)
         with torch.inference_mode():

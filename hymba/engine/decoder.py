@@ -16,7 +16,7 @@ Decoder = Callable[[Tensor, HymbaCache], Tensor]
 def make_decoder(model: Hymba, max_batch: int, kind: str | None = None) -> Decoder:
     """A decoder for up to `max_batch` rows of a cache of this kind; make it after the weights are final."""
     kernels = ops.BACKENDS.get("native")
-    if kernels is not None and ops.backend(model.norm.weight) is kernels and native.supports(model, kind) is None:
+    if kernels is not None and ops.backend(model.norm.weight) is kernels and native.supports(model) is None:
         return native.NativeDecoder(model, max_batch).step
     kernels = ops.BACKENDS.get("gpu")
     if kernels is not None and ops.backend(model.norm.weight) is kernels and cuda.supports(model, kind) is None:

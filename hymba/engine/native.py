@@ -22,10 +22,8 @@ from hymba.model.quant import Matrix, matrix
 from hymba.ops import library
 
 
-def supports(model: Hymba, kind: str | None = None) -> str | None:
-    """Why this model cannot be decoded natively on a cache of that kind, in one sentence; None if it can."""
-    if kind is not None:
-        return "keys and values of 8 bits are decoded step by step"
+def supports(model: Hymba) -> str | None:
+    """Why this model cannot be decoded natively, in one sentence; None if it can."""
     loaded = library.load()
     if isinstance(loaded, str):
         return loaded
@@ -66,8 +64,6 @@ class NativeDecoder:
             raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
         if cache.conv.dtype != self.dtype or cache.config != c:
             raise UserError("the cache was made by another model; make one with model.new_cache")
-        if cache.kind is not None:
-            raise UserError("keys and values of 8 bits are decoded step by step")
         ids = ids.to("cpu", torch.int64).contiguous()
         if not all(0 <= i < c.vocab_size for i in ids.tolist()):
             raise UserError(f"token ids must be from 0 to {c.vocab_size - 1}, got {ids.tolist()}")
@@ -157,10 +153,13 @@ def _describe_cache(cache: HymbaCache) -> tuple[ctypes.Array, ...]:
     stores: list[int] = []
     for plan in cache.config.layers:
         if not plan.produces_kv:
-            stores += [0] * 11
+            stores += [0] * 14
             continue
         k, v, meta = cache.k[plan.index], cache.v[plan.index], cache.meta[plan.index].meta
         stores += [k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), k.shape[2]]
+        k_scale, v_scale = cache.k_scale.get(plan.index), cache.v_scale.get(plan.index)
+        scale_row = 0 if k_scale is None else k_scale.stride(0)
+        stores += [library.pointer(k_scale), library.pointer(v_scale), scale_row]
         if meta is None:  # a model without meta tokens
             stores += [0] * 6
         else:

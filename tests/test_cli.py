@@ -546,6 +546,11 @@ needs_native = pytest.mark.skipif(not library.available(), reason=library.status
     [
         (("decode", "prefill", "train", "--precision", "float32"), ["decode", "prefill", "  its", "training"]),
         (("decode", "--precision", "int8", "--precision", "int4", "--batch", 3), ["decode", "decode"]),
+        (
+            ("decode", "--cache", "model", "--cache", "int8"),
+            ["decode", "decode bfloat16, batch 1, context 40, int8 cache"],
+        ),
+        (("prefill", "--cache", "int8"), ["prefill bfloat16, 40 tokens, int8 cache", "  its"]),
     ],
     ids=str,
 )
@@ -554,6 +559,19 @@ def test_bench_measures_what_it_is_asked_for(arguments, names, hymba):
     rows = json.loads(out)["rows"]
     assert status == 0 and all(row["name"].startswith(name) for row, name in zip(rows, names, strict=True))
     assert all(row["tokens_per_second"] > 0 and row["share_of_limit"] > 0 for row in rows)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bench_counts_what_a_step_reads_of_a_cache_in_8_bits(dtype):
+    """What is allocated for the tokens that are there and the new one, and the meta tokens."""
+    from hymba.bench.workloads import cache_bytes_read, filled_cache
+
+    model = Hymba(HymbaConfig.preset("tiny")).to(dtype)
+    cache = filled_cache(model, 3, 40, 1, "int8")
+    assert all(x.any() for store in cache.stores.values() for x in store.values())
+    meta = sum(state.meta.k.nbytes + state.meta.v.nbytes for state in cache.meta if state.meta)
+    assert cache_bytes_read(cache, 40) == sum(cache.bytes().values()) - cache.bytes()["meta"] + meta
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -582,6 +600,9 @@ def test_bench_does_not_train_quantised_weights(hymba):
     status, out, err = hymba("bench", "train", "--precision", "int8")
     assert (status, out) == (2, "")
     assert_one_line(err, "int8", "--precision")
+    status, out, err = hymba("bench", "train", "--cache", "int8")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "--cache")
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -92,8 +92,7 @@ struct Buffers {
 struct Private {
   float *rows, *query, *scores, *weights;  // (B, widest), (R, dk), (R, kRow), (R, kRow)
   char *input, *query_input;
-  Dot<int8_t>::Input* query_coded;  // (R, padded(dk)), with query_scale (R): what meets int8 keys
-  float *query_scale, *weight_scale;
+  float *query_coded, *query_scale, *weight_scale;  // (R, padded(dk)) and (R): what meets int8 keys, and values
 };
 
 struct Bump {
@@ -291,7 +290,7 @@ class Step {
     const Matrix k{kRounds ? kDenseBFloat16 : kDenseFloat32, 0, dk, nullptr, nullptr};
     prepare(k, mine_.query, dk, R, mine_.query_input);
     if (a_.cache->stores[l_->producer].k_scale != nullptr)
-      code_queries(mine_.query, R, dk, mine_.query_coded, mine_.query_scale);
+      code_queries(mine_.query, R, dk, reinterpret_cast<Dot<int8_t>::Input*>(mine_.query_coded), mine_.query_scale);
   }
 
   // norm and rotation of one query or key head

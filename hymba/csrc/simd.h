@@ -78,8 +78,14 @@ HYMBA_INLINE vh to_bf16(vf x) {
 }
 HYMBA_INLINE vf load(const bf16* p) { return from_bf16(*reinterpret_cast<const vh_any*>(p)); }
 HYMBA_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
-HYMBA_INLINE vf load(const int8_t* p) {
+HYMBA_INLINE vf load(const int8_t* p) {  // GCC 12 converts bytes one by one, left to itself
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vc_any*>(p), vi), vf);
+#endif
 }
 
 #if defined(__AVX512F__)

@@ -7,6 +7,7 @@ from hymba.config import HymbaConfig
 from hymba.visibility import ring_slots
 
 SSM_STATE_BYTES = 4  # the SSM state is float32 whatever the model's dtype
+SCALE_BYTES = 4  # of a key or value in 8 bits
 
 
 def parameters(config: HymbaConfig) -> dict[str, int]:
@@ -79,18 +80,21 @@ def training_operations(config: HymbaConfig, length: int) -> float:
     return 3 * (2.0 * weights + attention_operations(config, 0, length) / length)
 
 
-def cache_bytes(config: HymbaConfig, batch_size: int, max_length: int, element_size: int) -> dict[str, int]:
+def cache_bytes(
+    config: HymbaConfig, batch_size: int, max_length: int, element_size: int, kind: str | None = None
+) -> dict[str, int]:
     """Bytes of a `HymbaCache` by part: rows, and the meta tokens' share, which exists once.
 
-    element_size: bytes of the model's dtype, 2 for bfloat16
+    element_size: bytes of the model's dtype, 2 for bfloat16; kind: "int8" for keys and values of 8 bits
     """
     c = config
     kv = meta_kv = 0
     for plan in c.layers:
         if plan.produces_kv:
-            token = c.n_kv_heads * (c.d_key + plan.d_value) * element_size
+            numbers = c.n_kv_heads * (c.d_key + plan.d_value)
+            token = numbers * element_size if kind is None else numbers + 2 * c.n_kv_heads * SCALE_BYTES
             kv += ring_slots(None if plan.spans_context else c.window, max_length) * token
-            meta_kv += c.n_meta * token
+            meta_kv += c.n_meta * numbers * element_size
     recurrent = sum(plan.recurs for plan in c.layers)
     conv = recurrent * (c.d_conv - 1) * c.d_conv_inputs * element_size
     ssm = recurrent * c.d_inner * c.d_state * SSM_STATE_BYTES

@@ -1,16 +1,18 @@
 """Decoding equals one long forward pass, whatever the chunks; rows are saved, forked and given back unchanged."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import TINY, WINDOW, assert_close, each_variant, random_ids, tiny_model
+import torch.nn.functional as F
+from conftest import TINY, VARIANTS, WINDOW, assert_close, each_variant, random_ids, tiny_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hymba import Hymba, HymbaCache, UserError
-from hymba.model.cache import RowSnapshot
+from hymba.model.cache import LayerState, RowSnapshot, expand, quantise
 from hymba.visibility import EMPTY, stored_positions
 
 LENGTH = 3 * WINDOW + 5  # far past the window
@@ -75,6 +77,105 @@ def test_a_cache_stays_outside_the_graph():
         logits = read(model, ids, cache, [WINDOW + 3, 2])
     assert_close(logits, model(ids))
     assert not any(x.requires_grad for x in (cache.conv, cache.ssm, *cache.k.values(), *cache.v.values()))
+
+
+# --------------------------------------------------------------------------------------------------------------- 8 bits
+
+
+@given(st.integers(1, 70), st.sampled_from([0.0, 1e-42, 1e-30, 1.0, 1e30]), st.integers(0, 99))
+def test_rounding_is_to_the_nearest_of_255_steps(size, magnitude, seed):
+    x = magnitude * torch.randn(3, 2, size, generator=torch.Generator().manual_seed(seed))
+    x[0, 1] = 0
+    q, scale = quantise(x)
+    assert (q.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (3, 2))
+    back = expand(q, scale, torch.float32)
+    assert back.isfinite().all() and not back[0, 1].any() and scale[0, 1] == 0
+    # a scale of few bits, among the denormal numbers, is itself off by half of their step
+    assert ((back - x).abs() <= 0.500001 * scale[..., None] + 127 * 2**-149).all()
+    if magnitude >= 1e-30:
+        assert q[1:].int().abs().amax(-1).eq(127).all()  # the largest is kept, and twice is as good as once
+        assert torch.equal(quantise(back)[0], q)
+
+
+@contextmanager
+def rounding_keys(model: Hymba):
+    """Without a cache: every key and value of a text is seen rounded to 8 bits, those of the meta tokens are not."""
+    extend = LayerState.extend
+
+    def rounded(self, new, lengths):
+        if self.meta is not None or model.config.n_meta == 0:
+            new = new._replace(**{name: expand(*quantise(x := getattr(new, name)), x.dtype) for name in "kv"})
+        return extend(self, new, lengths)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerState, "extend", rounded)
+        yield
+
+
+def assert_nearly(actual: torch.Tensor, expected: torch.Tensor, without: torch.Tensor) -> None:
+    """An element between two of its steps may go either way after a rounding error before it. That is rare, so in the
+    mean square it is far less than what all the rounding to 8 bits does, the difference to logits `without` it."""
+    noise = (expected - without).square().mean()
+    assert 0 < noise < 1e-2 * without.square().mean()
+    assert (actual - expected).square().mean() <= 2e-2 * noise
+
+
+WITH_KEYS = {name: changes for name, changes in VARIANTS.items() if "mamba" not in name or "attention" in name}
+
+
+@pytest.mark.parametrize("changes", WITH_KEYS.values(), ids=WITH_KEYS)
+@pytest.mark.parametrize("chunks", [[2, 1, WINDOW + 4, WINDOW], [LENGTH - 3], [LENGTH], []], ids=str)
+def test_in_8_bits_chunks_change_nothing_either(changes, chunks):
+    """Each token sees all others rounded, so any chunks give what one pass with rounded keys and values gives."""
+    model, ids = tiny_model(**changes), random_ids(2, LENGTH)
+    with rounding_keys(model):
+        expected = model(ids)
+    cache = model.new_cache(2, LENGTH, "int8")
+    assert_nearly(read(model, ids, cache, chunks), expected, model(ids))
+    stored = [x for store in (cache.k, cache.v) for x in store.values()]
+    assert {x.dtype for x in stored} == {torch.int8} and all(x.any() for x in stored)
+
+
+def test_rows_in_8_bits_are_independent_copied_reset_and_padded():
+    model = tiny_model()
+    texts = random_ids(4, LENGTH)
+    with rounding_keys(model):
+        expected = model(texts)
+    for chunk in (1, WINDOW + 3):  # padding overtakes the ring
+        cache = model.new_cache(4, kind="int8")
+        lengths = torch.tensor([5, 0, 3, WINDOW + 1])
+        for first in range(0, int(lengths.max()), chunk):
+            mask = first + torch.arange(chunk) < lengths[:, None]
+            model(F.pad(texts, (0, chunk))[:, first : first + chunk], attention_mask=mask, cache=cache)
+        assert cache.lengths.tolist() == lengths.tolist()
+        cache.copy(3, 1)
+        cache.reset(2)
+        for row, text in ((0, 0), (1, 3), (2, 2), (3, 3)):
+            n = int(cache.lengths[row])
+            logits = read(model, texts[text : text + 1, n:], cache.rows(row, row + 1), [])
+            assert_nearly(logits[0], expected[text, n:], model(texts[text : text + 1])[0, n:])
+
+
+def test_a_snapshot_in_8_bits_continues_and_fits_no_other_kind(tmp_path):
+    model, text = tiny_model(), random_ids(1, LENGTH)
+    plain, small = model.new_cache(), model.new_cache(2, kind="int8")
+    model(text[:, : LENGTH - 4], cache=small.rows(1, 2))
+    small.snapshot(1).save(tmp_path / "row.safetensors")
+    saved, _ = RowSnapshot.load(tmp_path / "row.safetensors")
+    assert {x.dtype for name, x in saved.tensors.items() if name[1] == "."} == {torch.int8}
+    assert {name.partition(".")[0] for name in saved.tensors} == {"k", "v", "k_scale", "v_scale", "conv", "ssm"}
+    small.restore(0, saved)
+    one, other = (read(model, text[:, LENGTH - 4 :], small.rows(row, row + 1), []) for row in (0, 1))
+    assert torch.equal(one, other)
+    with pytest.raises(UserError, match="kind of cache"):
+        plain.restore(0, saved)
+    with pytest.raises(UserError, match="kind of cache"):
+        small.restore(0, plain.snapshot(0))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="'int4'; int8"):
+        tiny_model().new_cache(kind="int4")
 
 
 def test_half_precision_keeps_the_ssm_state_in_float32():

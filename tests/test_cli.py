@@ -258,6 +258,16 @@ def test_generate_prints_prompt_and_completion(hymba, checkpoint, expected, tmp_
     assert hymba("generate", "-m", checkpoint, PROMPT, "--stream", *SHORT) == whole
 
 
+def test_a_cache_in_8_bits(hymba, checkpoint, monkeypatch):
+    asked = []
+    new_cache = Hymba.new_cache
+    monkeypatch.setattr(Hymba, "new_cache", lambda self, *a: asked.append(new_cache(self, *a)) or asked[-1])
+    [output] = LLM(checkpoint, cache="int8").generate(PROMPT, SamplingParams(max_tokens=6, temperature=0))
+    whole = (0, PROMPT + output.text + "\n", "")
+    assert hymba("generate", "-m", checkpoint, PROMPT, *SHORT, "--cache", "int8") == whole
+    assert [cache.kind for cache in asked] == ["int8", "int8"]
+
+
 def test_many_prompts_from_everywhere_keep_their_order(hymba, checkpoint, expected, tmp_path):
     (tmp_path / "lines").write_bytes("one\r\n\n \t\n  two\nthree\u2028still\n".encode())
     texts = ["zero", "one", "  two", "three\u2028still", "four"]
@@ -339,12 +349,22 @@ def test_info_says_what_the_formulas_say(hymba, checkpoint):
     assert facts["cache_bytes"].items() >= cache_bytes(config, 8, 8192, 2).items()
     assert one["cache_bytes"]["kv_if_meta_were_stored_per_sequence"] <= 79e6  # the paper's figure
     assert facts["llama_3_2_3b_kv_bytes"] == LLAMA_3B.kv_bytes(8, 8192, 2) == 8 * one["llama_3_2_3b_kv_bytes"]
+    small = json.loads(hymba("info", "1.5B", "--cache", "int8", "--json")[1])
+    assert small["cache_bytes"].items() >= cache_bytes(config, 1, 8192, 2, "int8").items()
+    assert (small["kv_dtype"], one["kv_dtype"]) == ("int8", "bfloat16")
     of_file = json.loads(hymba("info", checkpoint, "--json")[1])
     assert (of_file["context"], of_file["dtype"]) == (512, "float32")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["1.5B", "--batch", 8], ["350M", "--context", 100, "--dtype", "float32"], ["{model}"]], ids=str
+    "arguments",
+    [
+        ["1.5B", "--batch", 8],
+        ["350M", "--context", 100, "--dtype", "float32"],
+        ["{model}"],
+        ["1.5B", "--cache", "int8"],
+    ],
+    ids=str,
 )
 def test_info_fits_a_terminal(arguments, hymba, checkpoint):
     arguments = [checkpoint if argument == "{model}" else argument for argument in arguments]
@@ -526,6 +546,11 @@ needs_native = pytest.mark.skipif(not library.available(), reason=library.status
     [
         (("decode", "prefill", "train", "--precision", "float32"), ["decode", "prefill", "  its", "training"]),
         (("decode", "--precision", "int8", "--precision", "int4", "--batch", 3), ["decode", "decode"]),
+        (
+            ("decode", "--cache", "model", "--cache", "int8"),
+            ["decode", "decode bfloat16, batch 1, context 40, int8 cache"],
+        ),
+        (("prefill", "--cache", "int8"), ["prefill bfloat16, 40 tokens, int8 cache", "  its"]),
     ],
     ids=str,
 )
@@ -534,6 +559,19 @@ def test_bench_measures_what_it_is_asked_for(arguments, names, hymba):
     rows = json.loads(out)["rows"]
     assert status == 0 and all(row["name"].startswith(name) for row, name in zip(rows, names, strict=True))
     assert all(row["tokens_per_second"] > 0 and row["share_of_limit"] > 0 for row in rows)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bench_counts_what_a_step_reads_of_a_cache_in_8_bits(dtype):
+    """What is allocated for the tokens that are there and the new one, and the meta tokens."""
+    from hymba.bench.workloads import cache_bytes_read, filled_cache
+
+    model = Hymba(HymbaConfig.preset("tiny")).to(dtype)
+    cache = filled_cache(model, 3, 40, 1, "int8")
+    assert all(x.any() for store in cache.stores.values() for x in store.values())
+    meta = sum(state.meta.k.nbytes + state.meta.v.nbytes for state in cache.meta if state.meta)
+    assert cache_bytes_read(cache, 40) == sum(cache.bytes().values()) - cache.bytes()["meta"] + meta
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -562,6 +600,9 @@ def test_bench_does_not_train_quantised_weights(hymba):
     status, out, err = hymba("bench", "train", "--precision", "int8")
     assert (status, out) == (2, "")
     assert_one_line(err, "int8", "--precision")
+    status, out, err = hymba("bench", "train", "--cache", "int8")
+    assert (status, out) == (2, "")
+    assert_one_line(err, "--cache")
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

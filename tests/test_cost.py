@@ -13,6 +13,7 @@ from hymba import Hymba, HymbaConfig
 from hymba.config import PRESETS, share_kv_in_pairs
 from hymba.convert import config_from_official, stored_parameters, to_official_shape
 from hymba.cost import LLAMA_3B, cache_bytes, parameters
+from hymba.model.cache import KINDS
 
 RELEASED = HymbaConfig.preset("1.5B")
 RELEASED_PARAMETERS = 1_522_797_824
@@ -75,21 +76,25 @@ def storage_bytes(tensors) -> int:
 def cached_tensors(cache) -> dict[str, list[torch.Tensor]]:
     meta = [x for state in cache.meta for x in (state.conv, state.ssm) if x is not None]
     meta += [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
-    kv = [*cache.k.values(), *cache.v.values()]
+    kv = [x for store in cache.stores.values() for x in store.values()]
     return {"kv": kv, "conv": [cache.conv], "ssm": [cache.ssm], "meta": meta}
 
 
-@given(configs(), st.integers(1, 4), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_cache_bytes_are_what_is_allocated(config, batch_size, max_length, dtype):
-    cache = Hymba(config).to(dtype).new_cache(batch_size, max_length)
-    expected = cache_bytes(config, batch_size, max_length, dtype.itemsize)
+@given(
+    configs(), st.integers(1, 4), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(KINDS),
+)  # fmt: skip
+def test_cache_bytes_are_what_is_allocated(config, batch_size, max_length, dtype, kind):
+    cache = Hymba(config).to(dtype).new_cache(batch_size, max_length, kind)
+    expected = cache_bytes(config, batch_size, max_length, dtype.itemsize, kind)
     assert cache.bytes() == expected
     assert {part: storage_bytes(tensors) for part, tensors in cached_tensors(cache).items()} == expected
 
 
-def test_use_does_not_make_a_cache_larger():
+@pytest.mark.parametrize("kind", KINDS)
+def test_use_does_not_make_a_cache_larger(kind):
     model = Hymba(TINY)
-    cache = model.new_cache(2)
+    cache = model.new_cache(2, kind=kind)
     before = {part: storage_bytes(tensors) for part, tensors in cached_tensors(cache).items()}
     with torch.no_grad():
         for length in (5, 20, 1):
@@ -136,6 +141,8 @@ def test_cache_of_the_released_model():
     assert paper == 78_888_960 <= 79e6
     assert kv == paper + width * (windows - len(producers) * RELEASED.n_meta) < paper
     assert LLAMA_3B.kv_bytes(1, 8192, 2) == 939_524_096
+    # in 8 bits: half, and a float32 scale for each key of 64 and each value of 128
+    assert cache_bytes(RELEASED, 1, 8192, 2, "int8")["kv"] * 2 * 192 == kv * (192 + 8)
 
 
 def test_parameters_of_the_released_model():

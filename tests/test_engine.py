@@ -12,12 +12,12 @@ from conftest import TINY, random_ids, tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hymba import LLM, SamplingParams, Tokenizer, UserError
+from hymba import LLM, SamplingParams, Tokenizer, UserError, ops
 from hymba.engine.chat import Chat
 from hymba.engine.engine import Engine
 from hymba.engine.sampler import choose
 from hymba.engine.sequence import Sequence
-from hymba.model.cache import HymbaCache, RowSnapshot
+from hymba.model.cache import KINDS, HymbaCache, RowSnapshot
 
 pytest_plugins = "tiny_llm"
 
@@ -145,6 +145,21 @@ def test_completions_of_a_prompt_read_it_once(monkeypatch):
     run(engine)
     assert_as_alone(*completions)
     assert len({tuple(s.token_ids) for s in completions}) > 1
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_in_8_bits_neither_neighbours_nor_what_is_remembered_change_anything(backend):
+    """A crowd, pieces of six tokens and memory, against one request after the other, read at once."""
+    with ops.use_backend(backend):
+        one, many = (Engine(model(), max_batch=n, prefill_chunk=m, cache="int8") for n, m in ((1, 64), (3, 6)))
+        requests, same = ([sequences(p, q, keep=k) for p in PROMPTS for q in PARAMS] for k in (False, True))
+        for request in requests:
+            run(one, *request)
+        run(many, *(s for request in same for s in request))
+    assert one.cache.kind == many.cache.kind == "int8"
+    assert not one._snapshots and many._snapshots
+    results = [[(s.token_ids, s.finish_reason) for request in group for s in request] for group in (requests, same)]
+    assert results[0] == results[1]
 
 
 def test_seeds_of_completions_follow_each_other():
@@ -610,7 +625,9 @@ def test_a_turn_reads_only_what_is_new(llm, restored, talkative):
     assert len(restored) == len(TALK) - 1
 
 
-def test_a_saved_conversation_goes_on(llm, checkpoint, tmp_path, restored, talkative):
+@pytest.mark.parametrize("cache", KINDS)
+def test_a_saved_conversation_goes_on(cache, checkpoint, tmp_path, restored, talkative):
+    llm = LLM(checkpoint, cache=cache)
     chat, file = Chat(llm, CHAT, system="Be brief."), tmp_path / "talk"
     with pytest.raises(UserError, match="nothing was said"):
         chat.save(file)
@@ -619,7 +636,7 @@ def test_a_saved_conversation_goes_on(llm, checkpoint, tmp_path, restored, talka
     chat.save(file)
     prompt = llm.tokenizer.apply_chat_template(chat.messages, add_generation_prompt=False)
     length = len(llm.tokenizer.encode(prompt, add_special_tokens=False))
-    other = Chat(LLM(checkpoint), CHAT)
+    other = Chat(LLM(checkpoint, cache=cache), CHAT)
     other.load(file)
     assert other.messages == chat.messages
     talkative(llm, "A captain.", "A captain.")
@@ -635,6 +652,8 @@ def test_a_conversation_of_another_model_is_refused(llm, checkpoint, tmp_path):
     chat.save(file)
     with pytest.raises(UserError, match="another model"):
         Chat(LLM(checkpoint, dtype="bfloat16"), CHAT).load(file)
+    with pytest.raises(UserError, match="kind of cache"):
+        Chat(LLM(checkpoint, cache="int8"), CHAT).load(file)
     for content in (b"", b"{}", json.dumps({"x": 1}).encode(), file.read_bytes()[:200]):
         (tmp_path / "broken").write_bytes(content)
         with pytest.raises(UserError, match="broken"):

@@ -1,8 +1,9 @@
 """What `hymba bench` runs: the check, the workloads in turn, and one row of numbers for each."""
 
+import itertools
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,21 +44,26 @@ def shape(model: str) -> HymbaConfig:
 
 
 def decode_workloads(
-    model: Hymba, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...]
+    model: Hymba, precision: str, batches: tuple[int, ...], contexts: tuple[int, ...], kinds: Sequence[str | None]
 ) -> Iterator[tuple[str, workloads.Workload]]:
-    for context in contexts:
-        for batch in batches:
-            name = f"decode {precision}, batch {batch}, context {context}"
-            yield name, workloads.decoding(model, precision, batch, context, STEPS)
+    for context, batch, kind in itertools.product(contexts, batches, kinds):
+        name = f"decode {precision}, batch {batch}, context {context}{_cache(kind)}"
+        yield name, workloads.decoding(model, precision, batch, context, STEPS, kind)
 
 
 def prefill_workloads(
-    model: Hymba, precision: str, contexts: tuple[int, ...]
+    model: Hymba, precision: str, contexts: tuple[int, ...], kinds: Sequence[str | None]
 ) -> Iterator[tuple[str, workloads.Workload]]:
     for length in contexts:
-        yield f"prefill {precision}, {length} tokens", workloads.prefill(model, precision, length, CHUNK)
+        for kind in kinds:
+            name = f"prefill {precision}, {length} tokens{_cache(kind)}"
+            yield name, workloads.prefill(model, precision, length, CHUNK, kind)
         if scans := workloads.scans(model, length, CHUNK):
             yield f"  its selective scans, {length} tokens", scans
+
+
+def _cache(kind: str | None) -> str:
+    return f", {kind} cache" if kind else ""
 
 
 def train_workloads(config: HymbaConfig, precision: str) -> Iterator[tuple[str, workloads.Workload]]:

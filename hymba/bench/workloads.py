@@ -10,7 +10,7 @@ from hymba import cost, ops
 from hymba.config import HymbaConfig
 from hymba.cost import attention_operations, matmul_weights
 from hymba.engine.decoder import make_decoder
-from hymba.model.cache import HymbaCache
+from hymba.model.cache import HymbaCache, quantise
 from hymba.model.hymba import Hymba
 from hymba.model.mamba import Mamba, Mamba2
 from hymba.model.quant import quantize_
@@ -73,25 +73,30 @@ def weight_bytes(model: Hymba) -> int:
 
 def cache_bytes_read(cache: HymbaCache, context: int) -> int:
     """Bytes that a decoding step must read of a cache: the visible keys and values of every group once, the states."""
-    rows = cost.cache_bytes(cache.config, cache.batch_size, context + 1, cache.conv.element_size())
+    rows = cost.cache_bytes(cache.config, cache.batch_size, context + 1, cache.conv.element_size(), cache.kind)
     meta = [x for state in cache.meta if state.meta for x in (state.meta.k, state.meta.v)]
     return rows["kv"] + rows["conv"] + rows["ssm"] + sum(x.nbytes for x in meta)
 
 
-def filled_cache(model: Hymba, batch: int, context: int, room: int) -> HymbaCache:
+def filled_cache(model: Hymba, batch: int, context: int, room: int, kind: str | None = None) -> HymbaCache:
     """A cache whose rows hold `context` random tokens, as if they had been read."""
-    cache = model.new_cache(batch, min(context + room, model.config.max_length))
-    for store in (*cache.k.values(), *cache.v.values()):
-        store.copy_(torch.randn(store.shape[1:], dtype=torch.float32).to(store.dtype))
+    cache = model.new_cache(batch, min(context + room, model.config.max_length), kind)
+    for stores, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        for layer, store in stores.items():
+            x = torch.randn(store.shape[1:])
+            if kind is not None:
+                x, scale = quantise(x)
+                scales[layer].copy_(scale)
+            store.copy_(x)
     cache.lengths.fill_(context)
     return cache
 
 
-def decoding(model: Hymba, precision: str, batch: int, context: int, steps: int) -> Workload:
+def decoding(model: Hymba, precision: str, batch: int, context: int, steps: int, kind: str | None = None) -> Workload:
     """`steps` tokens for each of `batch` rows that hold `context` tokens."""
     context = min(context, model.config.max_length - steps)
-    cache = filled_cache(model, batch, context, steps)
-    decode = make_decoder(model, batch)
+    cache = filled_cache(model, batch, context, steps, kind)
+    decode = make_decoder(model, batch, kind)
     ids = torch.arange(1, batch + 1)
 
     def run() -> None:
@@ -110,9 +115,9 @@ def decoding(model: Hymba, precision: str, batch: int, context: int, steps: int)
     )
 
 
-def prefill(model: Hymba, precision: str, length: int, chunk: int) -> Workload:
+def prefill(model: Hymba, precision: str, length: int, chunk: int, kind: str | None = None) -> Workload:
     """Read a prompt of `length` tokens in pieces of `chunk`, and compute the logits of its last token."""
-    cache = model.new_cache(1, length)
+    cache = model.new_cache(1, length, kind)
     ids = torch.randint(1, model.config.vocab_size, (1, length))
 
     @torch.inference_mode()

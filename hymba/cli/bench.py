@@ -34,6 +34,7 @@ class Bench(click.Command):
     cls=Bench,
     epilog="\b\nExamples:\n  hymba bench\n"
     "  hymba bench decode --precision int8 --precision int4 --batch 1 --batch 8 --context 2048\n"
+    "  hymba bench decode --precision int4 --batch 8 --context 8192 --cache model --cache int8\n"
     "  hymba bench peers --help\n  hymba bench gpu --help",
 )
 @click.argument("what", nargs=-1, metavar="[decode|prefill|train]...", type=click.Choice(WORKLOADS))
@@ -49,6 +50,10 @@ class Bench(click.Command):
 @click.option(
     "--context", "contexts", multiple=True, type=click.IntRange(1), default=(2048,),
     help="Tokens in the cache when decoding begins, or of the prompt; may be repeated.  [default: 2048]",
+)  # fmt: skip
+@click.option(
+    "--cache", "caches", multiple=True, type=click.Choice(("model", "int8")), default=("model",),
+    help="Of keys and values: the model's dtype, or 8 bits; may be repeated.  [default: model]",
 )  # fmt: skip
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Repetitions of each workload.")
 @click.option("--threads", type=click.IntRange(1), help="[default: PyTorch's]")
@@ -69,22 +74,28 @@ def bench(what: tuple[str, ...], as_json: bool, **options: Any) -> None:
         raise UserError(
             f"quantised weights ({', '.join(sorted(quantised))}) are not trained; choose another --precision"
         )
+    if set(what) == {"train"} and "int8" in options["caches"]:
+        raise UserError("training steps use no cache; leave --cache away")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     limits.require_probes()
     config = suite.shape(options["model"])
-    errors = check.fast_against_reference(config)
+    kinds = [None if kind == "model" else kind for kind in dict.fromkeys(options["caches"])]
+    errors = {}
+    for kind in kinds:
+        found = check.fast_against_reference(config, kind)
+        errors |= found if kind is None else {f"{dtype}, {kind} cache": error for dtype, error in found.items()}
     if not as_json:
-        shown = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
+        shown = "; ".join(f"{name} {error:.1e}" for name, error in errors.items())
         print(f"fast path checked against the reference, relative error of the logits: {shown}")
     rows = []
     for precision in options["precisions"]:
         works = {}
         model = workloads.random_model(config, precision) if set(what) != {"train"} else None
         if "decode" in what or not what:
-            works |= suite.decode_workloads(model, precision, options["batches"], options["contexts"])
+            works |= suite.decode_workloads(model, precision, options["batches"], options["contexts"], kinds)
         if "prefill" in what or not what:
-            works |= suite.prefill_workloads(model, precision, options["contexts"])
+            works |= suite.prefill_workloads(model, precision, options["contexts"], kinds)
         if "train" in what:
             works |= suite.train_workloads(config, precision)
         with job(f"measuring {precision}", (options["repeats"] + 1) * len(works), "runs") as bar:

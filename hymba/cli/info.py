@@ -19,8 +19,9 @@ MB = 10**6
 @click.option("--context", type=click.IntRange(1), help="Text tokens a row may hold.  [default: the model's context]")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Rows.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the checkpoint's]")
+@click.option("--cache", "kind", type=click.Choice(["int8"]), help="Keys and values of 8 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(model: str, context: int | None, batch: int, dtype: str | None, as_json: bool) -> None:
+def info(model: str, context: int | None, batch: int, dtype: str | None, kind: str | None, as_json: bool) -> None:
     """Show what MODEL is made of and what its cache costs, next to Llama-3.2-3B at the same context.
 
     MODEL is a checkpoint folder, a hub id, or one of the paper's family: 125M, 350M, 1.5B; without it, the model that
@@ -36,16 +37,16 @@ def info(model: str, context: int | None, batch: int, dtype: str | None, as_json
     context = context or config.max_length
     if context > config.max_length:
         raise UserError(f"--context {context} is longer than the model's context of {config.max_length}")
-    facts = describe(config, context, batch, dtype or stored)
+    facts = describe(config, context, batch, dtype or stored, kind)
     print(json.dumps(facts, indent=2)) if as_json else _print(model, config, facts)
 
 
-def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[str, Any]:
+def describe(config: HymbaConfig, context: int, batch: int, dtype: str, kind: str | None = None) -> dict[str, Any]:
     """Everything that `hymba info` shows, as numbers."""
     from hymba.cost import LLAMA_3B, cache_bytes, parameters
 
     size = 4 if dtype == "float32" else 2
-    parts, cache = parameters(config), cache_bytes(config, batch, context, size)
+    parts, cache = parameters(config), cache_bytes(config, batch, context, size, kind)
     # the paper counts meta tokens as if every sequence stored their keys and values
     meta_kv = cache["meta"] - (cache["conv"] + cache["ssm"]) // batch
     llama = LLAMA_3B.kv_bytes(batch, context, size)
@@ -57,6 +58,7 @@ def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[
         "dtype": dtype,
         "context": context,
         "batch": batch,
+        "kv_dtype": kind or dtype,
         "cache_bytes": {
             **cache,
             "rows": cache["kv"] + cache["conv"] + cache["ssm"],
@@ -70,6 +72,7 @@ def describe(config: HymbaConfig, context: int, batch: int, dtype: str) -> dict[
 
 def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
     parts, cache, batch = facts["parameters"], facts["cache_bytes"], facts["batch"]
+    dtype, kv = facts["dtype"], facts["kv_dtype"]
     mb = lambda count: f"{count / MB:,.2f}"  # noqa: E731
     # bytes of all rows -> what is shown of them
     per_row = lambda count: (mb(count / batch), mb(count)) if batch > 1 else (mb(count),)  # noqa: E731
@@ -81,11 +84,11 @@ def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
     _table(
         ("Parameters", "count", "share"), [(part, f"{n:,}", f"{n / parts['total']:.1%}") for part, n in parts.items()]
     )
-    print(f"  weights in {facts['dtype']}: {facts['weight_bytes'] / MB:,.1f} MB")
+    print(f"  weights in {dtype}: {facts['weight_bytes'] / MB:,.1f} MB")
     _table(
-        (f"Cache for {facts['context']} tokens in {facts['dtype']}, MB", *rows),
+        (f"Cache for {facts['context']} tokens in {dtype}, MB", *rows),
         [
-            ("keys and values", *per_row(cache["kv"])),
+            ("keys and values" + f" ({kv})" * (kv != dtype), *per_row(cache["kv"])),
             ("conv states", *per_row(cache["conv"])),
             ("SSM states (float32)", *per_row(cache["ssm"])),
             ("total", *per_row(cache["rows"])),
@@ -96,7 +99,7 @@ def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
         ("Keys and values in comparison, MB", *rows),
         [
             ("with the meta tokens in every row", *per_row(cache["kv_if_meta_were_stored_per_sequence"])),
-            ("Llama-3.2-3B", *per_row(facts["llama_3_2_3b_kv_bytes"])),
+            ("Llama-3.2-3B" + f" ({dtype})" * (kv != dtype), *per_row(facts["llama_3_2_3b_kv_bytes"])),
         ],
     )
     ours, all_of_it = facts["kv_ratio"], facts["rows_ratio"]

@@ -29,6 +29,7 @@ def model_options(command: Callable) -> Callable:
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: the GPU if any."),
             click.option("--dtype", default="auto", show_default=True, type=dtypes, help="auto: the checkpoint's."),
             click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights of 8 or 4 bits."),
+            click.option("--cache", type=click.Choice(["int8"]), help="Keys and values of 8 bits."),
             click.option("--max-length", type=click.IntRange(1), help=context_help),
         ]
     ):

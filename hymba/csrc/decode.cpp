@@ -25,7 +25,7 @@
 // Attention: keys come in pieces that lie together (meta tokens, the ring up to its end, the ring from its start).
 // A row's keys are cut into at most kMaxChunks chunks, by their number only, so that the result depends neither on the
 // threads nor on the other rows; each chunk runs an online softmax over blocks of kBlock keys (decode_attention.h),
-// and phase 3 adds the chunks up.
+// and phase 3 adds the chunks up. An int8 cache: blocks end where the meta tokens do, whose keys are of the model's type.
 //
 // Nothing is allocated here.
 #include "decode.h"
@@ -92,6 +92,7 @@ struct Buffers {
 struct Private {
   float *rows, *query, *scores, *weights;  // (B, widest), (R, dk), (R, kRow), (R, kRow)
   char *input, *query_input;
+  float *query_coded, *query_scale, *weight_scale;  // (R, padded(dk)) and (R): what meets int8 keys, and values
 };
 
 struct Bump {
@@ -133,6 +134,9 @@ int64_t lay_out(const ModelArgs& m, int64_t n_threads, char* base, Buffers& b, P
     bump.take(p.weights, R * kRow);
     bump.take(p.input, input_bytes(max(widest, m.rank), B));
     bump.take(p.query_input, R * padded(m.dk) * static_cast<int64_t>(sizeof(float)));
+    bump.take(p.query_coded, R * padded(m.dk));
+    bump.take(p.query_scale, R);
+    bump.take(p.weight_scale, R);
     if (mine != nullptr && t == thread) *mine = p;
   }
   return bump.used;
@@ -284,6 +288,8 @@ class Step {
       rotate(projected(b, head * dk), l_->q_norm == nullptr ? nullptr : l_->q_norm + head * dk, b, mine_.query + r * dk);
     }
     dot_rows(mine_.query, dk, dk, R, reinterpret_cast<typename Dot<T>::Input*>(mine_.query_input));
+    if (a_.cache->stores[l_->producer].k_scale != nullptr)
+      code_queries(mine_.query, R, dk, reinterpret_cast<Dot<int8_t>::Input*>(mine_.query_coded), mine_.query_scale);
   }
 
   // norm and rotation of one query or key head
@@ -305,13 +311,18 @@ class Step {
   }
 
   void store_key_value(const StoreArgs& store_to, int64_t b, int64_t g) const {
-    const int64_t slot = a_.lengths[b] % store_to.slots;
-    T* k = static_cast<T*>(store_to.k) + b * store_to.k_row + (g * store_to.slots + slot) * m_.dk;
-    T* v = static_cast<T*>(store_to.v) + b * store_to.v_row + (g * store_to.slots + slot) * m_.dv;
+    const int64_t slot = g * store_to.slots + a_.lengths[b] % store_to.slots;
+    const int64_t to_k = b * store_to.k_row + slot * m_.dk, to_v = b * store_to.v_row + slot * m_.dv;
+    const float* value = projected(b, m_.D + m_.G * m_.dk + g * m_.dv);
     rotate(projected(b, m_.D + g * m_.dk), l_->k_norm == nullptr ? nullptr : l_->k_norm + g * m_.dk, b, mine_.query);
-    for (int64_t i = 0; i < m_.dk; i++) put(k + i, mine_.query[i]);
-    const float* from = projected(b, m_.D + m_.G * m_.dk + g * m_.dv);
-    for (int64_t i = 0; i < m_.dv; i++) put(v + i, from[i]);
+    if (store_to.k_scale != nullptr) {
+      const int64_t scale = b * store_to.scale_row + slot;
+      store_to.k_scale[scale] = quantise_vector(mine_.query, m_.dk, static_cast<int8_t*>(store_to.k) + to_k);
+      store_to.v_scale[scale] = quantise_vector(value, m_.dv, static_cast<int8_t*>(store_to.v) + to_v);
+      return;
+    }
+    for (int64_t i = 0; i < m_.dk; i++) put(static_cast<T*>(store_to.k) + to_k + i, mine_.query[i]);
+    for (int64_t i = 0; i < m_.dv; i++) put(static_cast<T*>(store_to.v) + to_v + i, value[i]);
   }
 
   void attend_chunk(int64_t b, int64_t g, int64_t chunk, const Keys& keys) const {
@@ -328,39 +339,73 @@ class Step {
       sums[r * sums_row + dv] = kLowest;  // largest score so far
       sums[r * sums_row + dv + 1] = 0;     // sum of exp(score - largest)
     }
-    for (int64_t block = begin; block < end; block += kBlock) {
-      const int64_t stop = min(block + kBlock, end);
-      const auto* query = reinterpret_cast<const typename Dot<T>::Input*>(mine_.query_input);
-      auto* weights = reinterpret_cast<typename Weight<T>::type*>(mine_.weights);
-      for_pieces(kv, b, g, block, stop, keys.first,
-                 [&](const T* piece, int64_t stride, const T*, int64_t, int64_t at, int64_t size) {
-                   score(piece, stride, size, dk, query, R, mine_.scores + at - block);
-                 });
-      for (int64_t r = 0; r < R; r++)
-        softmax_block(mine_.scores + r * kRow, stop - block, scale, weights + r * kRow, sums + r * sums_row, dv);
-      for_pieces(kv, b, g, block, stop, keys.first,
-                 [&](const T*, int64_t, const T* piece, int64_t stride, int64_t at, int64_t size) {
-                   weigh(piece, size, stride, weights + at - block, R, sums, sums_row, dv);
-                 });
+    for (int64_t block = begin, stop; block < end; block = stop) {
+      stop = min(block + kBlock, end);
+      if (kv.k_scale != nullptr && block >= m_.n_meta) {
+        attend_block<int8_t>(kv, b, g, block, stop, keys.first, sums, scale);
+        continue;
+      }
+      if (kv.k_scale != nullptr) stop = min(stop, m_.n_meta);  // the meta tokens' are not int8
+      attend_block<T>(kv, b, g, block, stop, keys.first, sums, scale);
     }
   }
 
-  // f(k, k stride, v, v stride, first, size) for the stretches of keys first .. last - 1 that lie together
-  template <class F>
+  // Keys block .. stop - 1, whose keys and values are of type S.
+  template <class S>
+  void attend_block(const StoreArgs& kv, int64_t b, int64_t g, int64_t block, int64_t stop, int64_t first_token,
+                    float* sums, float scale) const {
+    constexpr bool coded = sizeof(S) == 1;
+    const int64_t R = m_.H / m_.G, sums_row = kMaxChunks * s_.partial_row;
+    const auto* query =
+        reinterpret_cast<const typename Dot<S>::Input*>(coded ? (const void*)mine_.query_coded : mine_.query_input);
+    auto* weights = reinterpret_cast<typename Weight<S>::type*>(mine_.weights);
+    for_pieces<S>(kv, b, g, block, stop, first_token, [&](const Piece<S>& piece) {
+      float* scores = mine_.scores + piece.first - block;
+      score(piece.k, piece.k_stride, piece.size, m_.dk, query, R, scores);
+      if (coded) scale_scores(scores, piece.size, piece.k_scale, mine_.query_scale, R);
+    });
+    for (int64_t r = 0; r < R; r++) {
+      float* scores = mine_.scores + r * kRow;
+      if constexpr (coded)
+        softmax_block(scores, stop - block, scale, scores, sums + r * sums_row, m_.dv);
+      else
+        softmax_block(scores, stop - block, scale, weights + r * kRow, sums + r * sums_row, m_.dv);
+    }
+    for_pieces<S>(kv, b, g, block, stop, first_token, [&](const Piece<S>& piece) {
+      auto* p = weights + piece.first - block;
+      if constexpr (coded)
+        code_weights(mine_.scores + piece.first - block, piece.size, piece.v_scale, R, p, mine_.weight_scale);
+      weigh(piece.v, piece.size, piece.v_stride, p, mine_.weight_scale, R, sums, sums_row, m_.dv);
+    });
+  }
+
+  // Keys that lie together: the first of them among all that are seen, and how many.
+  template <class S>
+  struct Piece {
+    const S *k, *v;
+    int64_t k_stride, v_stride, first, size;
+    const float *k_scale, *v_scale;  // of int8
+  };
+
+  // f(piece) for the stretches of keys first .. last - 1 that lie together
+  template <class S, class F>
   void for_pieces(const StoreArgs& kv, int64_t b, int64_t g, int64_t first, int64_t last, int64_t first_token,
                   const F& f) const {
     const int64_t M = m_.n_meta;
     if (first < M) {
       const int64_t stop = min(last, M);
-      f(static_cast<const T*>(kv.meta_k) + g * kv.meta_k_head + first * kv.meta_k_key, kv.meta_k_key,
-        static_cast<const T*>(kv.meta_v) + g * kv.meta_v_head + first * kv.meta_v_key, kv.meta_v_key, first, stop - first);
+      f(Piece<S>{static_cast<const S*>(kv.meta_k) + g * kv.meta_k_head + first * kv.meta_k_key,
+                 static_cast<const S*>(kv.meta_v) + g * kv.meta_v_head + first * kv.meta_v_key, kv.meta_k_key,
+                 kv.meta_v_key, first, stop - first, nullptr, nullptr});
       first = stop;
     }
     while (first < last) {
-      const int64_t slot = (first_token + first - M) % kv.slots;
+      const int64_t slot = (first_token + first - M) % kv.slots, place = g * kv.slots + slot;
       const int64_t size = min(last - first, kv.slots - slot);
-      f(static_cast<const T*>(kv.k) + b * kv.k_row + (g * kv.slots + slot) * m_.dk, m_.dk,
-        static_cast<const T*>(kv.v) + b * kv.v_row + (g * kv.slots + slot) * m_.dv, m_.dv, first, size);
+      const int64_t scale = b * kv.scale_row + place;
+      f(Piece<S>{static_cast<const S*>(kv.k) + b * kv.k_row + place * m_.dk,
+                 static_cast<const S*>(kv.v) + b * kv.v_row + place * m_.dv, m_.dk, m_.dv, first, size,
+                 sizeof(S) == 1 ? kv.k_scale + scale : nullptr, sizeof(S) == 1 ? kv.v_scale + scale : nullptr});
       first += size;
     }
   }

@@ -31,10 +31,12 @@ struct ModelArgs {
   int64_t max_batch;
 };
 
-// Keys and values of one producing layer.
+// Keys and values of one producing layer. With scales they are int8, and the meta tokens' still of the model's type.
 struct StoreArgs {
   void *k, *v;                  // (B, G, slots, dk), (B, G, slots, dv); token i of a row lies in slot i % slots
   int64_t k_row, v_row, slots;  // elements from row to row
+  float *k_scale, *v_scale;     // (B, G, slots) or null
+  int64_t scale_row;
   const void *meta_k, *meta_v;  // (G, M, dk), (G, M, dv), shared by all rows
   int64_t meta_k_head, meta_k_key, meta_v_head, meta_v_key;
 };

@@ -27,6 +27,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * kW)));
 typedef uint16_t vh __attribute__((vector_size(2 * kW)));
 typedef float vf_any __attribute__((vector_size(4 * kW), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * kW), aligned(2), may_alias));
+typedef int8_t vc_any __attribute__((vector_size(kW), aligned(1), may_alias));
 
 #define HYMBA_INLINE static inline __attribute__((always_inline))
 
@@ -77,6 +78,15 @@ HYMBA_INLINE vh to_bf16(vf x) {
 }
 HYMBA_INLINE vf load(const bf16* p) { return from_bf16(*reinterpret_cast<const vh_any*>(p)); }
 HYMBA_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
+HYMBA_INLINE vf load(const int8_t* p) {  // GCC 12 converts bytes one by one, left to itself
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vc_any*>(p), vi), vf);
+#endif
+}
 
 #if defined(__AVX512F__)
 HYMBA_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }  // 0 <= n <= 16
@@ -103,6 +113,13 @@ HYMBA_INLINE vf load_n(const bf16* p, int64_t n) {
     if (i < n) x[i] = to_float(p[i]);
   return x;
 #endif
+}
+HYMBA_INLINE vf load_n(const int8_t* p, int64_t n) {
+  if (n >= kW) return load(p);
+  vf x{};
+  for (int i = 0; i < kW; i++)
+    if (i < n) x[i] = p[i];
+  return x;
 }
 HYMBA_INLINE void store_n(float* p, vf x, int64_t n) {
   if (n >= kW) return store(p, x);
@@ -227,10 +244,13 @@ HYMBA_INLINE vf exp2_fraction(vf f) {
   return p * f + 1.0f;
 }
 
-#if !defined(__AVX512F__)
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+// the integers that were rounded so
+HYMBA_INLINE vi integers(vf shifted) { return (vi)shifted - 0x4b400000; }
+
+#if !defined(__AVX512F__)
 // p 2^n for integers n = shifted - kToInteger from -127 (gives 0) to 127
-HYMBA_INLINE vf scale(vf p, vf shifted) { return p * (vf)(((vi)shifted - (0x4b400000 - 127)) << 23); }
+HYMBA_INLINE vf scale(vf p, vf shifted) { return p * (vf)((integers(shifted) + 127) << 23); }
 #endif
 
 // 2^y; 0 below the normal numbers, infinite or at least 1.7e38 above them

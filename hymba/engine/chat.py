@@ -85,7 +85,7 @@ class Chat:
         except (KeyError, TypeError, ValueError, RecursionError):
             raise UserError(f"{path} is no saved conversation") from None
         if row.model != self.llm.engine.cache.fingerprint:
-            raise UserError(f"{path} is a conversation with another model, or in another dtype")
+            raise UserError(f"{path} is a conversation with another model, dtype or kind of cache")
         if ids:
             self.llm.engine.remember(ids, row)
         self.messages = messages

@@ -17,8 +17,10 @@ from hymba.model.hymba import Block, Hymba
 from hymba.visibility import KeyValue
 
 
-def supports(model: Hymba) -> str | None:
-    """Why this model's decoding cannot be captured, in one sentence; None if it can."""
+def supports(model: Hymba, kind: str | None = None) -> str | None:
+    """Why this model's decoding on a cache of that kind cannot be captured, in one sentence; None if it can."""
+    if kind is not None:
+        return "keys and values of 8 bits are decoded step by step"
     weight = model.norm.weight
     if not weight.is_cuda:
         return f"CUDA graphs need a model on a GPU, this one is on {weight.device}"
@@ -71,6 +73,8 @@ class GraphDecoder:
             )
         if self.max_batch < B:
             raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
+        if cache.kind is not None:
+            raise UserError(supports(self.model, cache.kind))
         cache.require_room()
         key = (B, cache.conv.data_ptr(), cache.ssm.data_ptr())
         graph = self._graphs.get(key)

@@ -13,13 +13,13 @@ from hymba.model.hymba import Hymba
 Decoder = Callable[[Tensor, HymbaCache], Tensor]
 
 
-def make_decoder(model: Hymba, max_batch: int) -> Decoder:
-    """A decoder for up to `max_batch` rows; make it after the weights are final."""
+def make_decoder(model: Hymba, max_batch: int, kind: str | None = None) -> Decoder:
+    """A decoder for up to `max_batch` rows of a cache of this kind; make it after the weights are final."""
     kernels = ops.BACKENDS.get("native")
     if kernels is not None and ops.backend(model.norm.weight) is kernels and native.supports(model) is None:
         return native.NativeDecoder(model, max_batch).step
     kernels = ops.BACKENDS.get("gpu")
-    if kernels is not None and ops.backend(model.norm.weight) is kernels and cuda.supports(model) is None:
+    if kernels is not None and ops.backend(model.norm.weight) is kernels and cuda.supports(model, kind) is None:
         return cuda.GraphDecoder(model, max_batch).step
 
     def decode(ids: Tensor, cache: HymbaCache) -> Tensor:

@@ -30,14 +30,16 @@ class Engine:
         max_length: int | None = None,
         prefill_chunk: int = 512,
         snapshots: int = 4,
+        cache: str | None = None,
     ):
         """max_length: tokens of prompt and completion (default: the context); prefill_chunk: prompt tokens a step;
-        snapshots: how many sequences that ask for it are remembered, to be continued without reading them again."""
+        snapshots: how many sequences that ask for it are remembered, to be continued without reading them again;
+        cache: "int8" for keys and values of 8 bits."""
         if max_batch < 1 or prefill_chunk < 1:
             raise UserError(f"max_batch={max_batch} and prefill_chunk={prefill_chunk} must be at least 1")
         self.model = model
-        self.cache: HymbaCache = model.new_cache(max_batch, max_length)
-        self._decode = make_decoder(model, max_batch)
+        self.cache: HymbaCache = model.new_cache(max_batch, max_length, cache)
+        self._decode = make_decoder(model, max_batch, cache)
         self._batches: dict[int, HymbaCache] = {}
         self.prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()

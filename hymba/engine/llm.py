@@ -88,10 +88,12 @@ class LLM:
         quantize: str | None = None,
         max_batch: int = 8,
         max_length: int | None = None,
+        cache: str | None = None,
     ):
         """path: folder or hub id; device: `auto` is the GPU if there is one; dtype: `auto` is the checkpoint's;
         quantize: "int8" or "int4" weights, unless the checkpoint is quantised that way already;
-        max_batch: prompts that are worked on at the same time; max_length: tokens of prompt and completion."""
+        max_batch: prompts that are worked on at the same time; max_length: tokens of prompt and completion;
+        cache: "int8" for keys and values of 8 bits, by default they have the model's dtype."""
         folder = resolve(path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,18 +106,26 @@ class LLM:
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
                 f"{model.config.vocab_size}; they do not belong together"
             )
-        self._set(model, tokenizer, max_batch, max_length)
+        self._set(model, tokenizer, max_batch=max_batch, max_length=max_length, cache=cache)
 
     @classmethod
-    def of(cls, model: Hymba, tokenizer: Tokenizer, *, max_batch: int = 8, max_length: int | None = None) -> "LLM":
+    def of(
+        cls,
+        model: Hymba,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 8,
+        max_length: int | None = None,
+        cache: str | None = None,
+    ) -> "LLM":
         """Around a model and a tokenizer that are there already. The weights must not change while it is in use."""
         llm = cls.__new__(cls)
-        llm._set(model, tokenizer, max_batch, max_length)
+        llm._set(model, tokenizer, max_batch=max_batch, max_length=max_length, cache=cache)
         return llm
 
-    def _set(self, model: Hymba, tokenizer: Tokenizer, max_batch: int, max_length: int | None) -> None:
+    def _set(self, model: Hymba, tokenizer: Tokenizer, **options) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.engine = Engine(model, max_batch=max_batch, max_length=max_length)
+        self.engine = Engine(model, **options)
 
     @property
     def config(self) -> HymbaConfig:

@@ -153,10 +153,13 @@ def _describe_cache(cache: HymbaCache) -> tuple[ctypes.Array, ...]:
     stores: list[int] = []
     for plan in cache.config.layers:
         if not plan.produces_kv:
-            stores += [0] * 11
+            stores += [0] * 14
             continue
         k, v, meta = cache.k[plan.index], cache.v[plan.index], cache.meta[plan.index].meta
         stores += [k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), k.shape[2]]
+        k_scale, v_scale = cache.k_scale.get(plan.index), cache.v_scale.get(plan.index)
+        scale_row = 0 if k_scale is None else k_scale.stride(0)
+        stores += [library.pointer(k_scale), library.pointer(v_scale), scale_row]
         if meta is None:  # a model without meta tokens
             stores += [0] * 6
         else:

@@ -5,6 +5,13 @@ A row holds: for every group of layers that share keys and values, a ring of `wi
 `max_length` where a global layer reads it; for every layer with Mamba heads the last inputs of the convolution and the
 SSM state (float32). Its size is a formula, `hymba.cost.cache_bytes`.
 
+Keys and values of a row are kept in the model's dtype, or in 8 bits: kind "int8" holds for every token and head
+
+    scale = max |x| / 127, one float32 for the key and one for the value      q = round(x / scale)
+
+They are rounded once, when they are stored, and every token sees the others rounded, those of its own chunk too: so the
+result does not depend on the chunks in which a text is read. The meta tokens', which exist once, stay as they are.
+
 Rows are the unit of work: admitting, dropping, forking and saving a request are `reset`, `copy`, `snapshot` and
 `restore`, and a batch is a range of rows, `rows(first, last)`, that shares the storage.
 
@@ -29,6 +36,23 @@ from hymba.errors import UserError
 from hymba.files import atomic_write
 from hymba.visibility import KeyValue, ring_slots, stored_positions
 
+# how keys and values may be stored; None is the model's dtype
+KINDS = (None, "int8")
+LEVELS = 127  # of int8 on either side of zero
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: (..., d) -> int8 (..., d), float32 scales (...); x is about int8 times scale, and zero where that is zero"""
+    x = x.float()
+    scale = x.abs().amax(-1) / LEVELS
+    q = x / torch.where(scale > 0, scale, 1)[..., None]
+    return q.round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def expand(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantise` gave -> (..., d) of a floating type"""
+    return (q * scale[..., None]).to(dtype)
+
 
 class LayerState(NamedTuple):
     """What a layer remembers of the tokens before a call, without a cache: the meta tokens and nothing else."""
@@ -51,6 +75,8 @@ class CachedLayer:
     meta: KeyValue | None
     k: Tensor | None  # (B, G, S, dk); None in a layer that makes no keys
     v: Tensor | None  # (B, G, S, dv)
+    k_scale: Tensor | None  # (B, G, S) float32; None unless keys and values are int8
+    v_scale: Tensor | None
     lengths: Tensor  # (B,) tokens of each row before this call
     used: int  # the longest row before this call
     n_meta: int
@@ -60,33 +86,50 @@ class CachedLayer:
 
         lengths: (B,) how many of the new tokens count in each row; None: all
         """
-        T, slots = new.k.shape[2], self.k.shape[2]
+        T, slots, dtype = new.k.shape[2], self.k.shape[2], new.k.dtype
         count = torch.full_like(self.lengths, T) if lengths is None else lengths
         sources = [] if self.meta is None else [self.meta]
+        coded = self._coded(new)
         if T == 1 or self.used + T <= slots:
             # nothing that the new tokens see is overwritten: store first, then read the store alone
-            self._store(new, count)
-            sources.append(self._stored(self.lengths + count, min(self.used + T, slots)))
+            self._store(coded, count)
+            sources.append(self._stored(self.lengths + count, min(self.used + T, slots), dtype))
         else:
             if self.used:
-                old = self._stored(self.lengths, min(self.used, slots))
+                old = self._stored(self.lengths, min(self.used, slots), dtype)
                 sources.append(old._replace(k=old.k.clone(), v=old.v.clone()))
+            if self.k_scale is not None:
+                k, v, k_scale, v_scale = coded
+                new = new._replace(k=expand(k, k_scale, dtype), v=expand(v, v_scale, dtype))
             sources.append(new)
-            self._store(new, count)
+            self._store(coded, count)
         return tuple(sources)
 
-    def _stored(self, lengths: Tensor, slots: int) -> KeyValue:
-        positions = stored_positions(lengths, self.k.shape[2], self.n_meta)[:, :slots]
-        return KeyValue(self.k[:, :, :slots], self.v[:, :, :slots], positions)
+    def _coded(self, new: KeyValue) -> tuple[Tensor, ...]:
+        """Keys and values as they are stored: k, v and, of int8, their scales."""
+        if self.k_scale is None:
+            return new.k, new.v
+        (k, k_scale), (v, v_scale) = quantise(new.k), quantise(new.v)
+        return k, v, k_scale, v_scale
 
-    def _store(self, new: KeyValue, count: Tensor) -> None:
+    def _stored(self, lengths: Tensor, slots: int, dtype: torch.dtype) -> KeyValue:
+        """What the first `slots` slots hold."""
+        positions = stored_positions(lengths, self.k.shape[2], self.n_meta)[:, :slots]
+        k, v = self.k[:, :, :slots], self.v[:, :, :slots]
+        if self.k_scale is not None:
+            k, v = (expand(x, s[:, :, :slots], dtype) for x, s in ((k, self.k_scale), (v, self.v_scale)))
+        return KeyValue(k, v, positions)
+
+    def _store(self, coded: tuple[Tensor, ...], count: Tensor) -> None:
         """Write each row's last tokens, as many as there are slots, to slot (token % slots)."""
-        T, slots = new.k.shape[2], self.k.shape[2]
+        T, slots = coded[0].shape[2], self.k.shape[2]
         step = torch.arange(min(T, slots), device=count.device)
         pick = (count - slots).clamp(min=0)[:, None] + step  # (B, T') which of the new tokens
         slot = (self.lengths[:, None] + pick) % slots
         counts = (pick < count[:, None])[:, None, :, None]
-        for store, x in ((self.k, new.k), (self.v, new.v)):
+        stores = (self.k, self.v, self.k_scale, self.v_scale)
+        for store, x in zip(stores, coded, strict=False):  # no scales in the model's dtype
+            store, x = (y if y.dim() == 4 else y[..., None] for y in (store, x))
             shape = (-1, x.shape[1], -1, x.shape[3])
             x = x.gather(2, pick[:, None, :, None].expand(shape)).to(store.dtype)
             index = slot[:, None, :, None].expand(shape)
@@ -100,7 +143,7 @@ class RowSnapshot:
 
     tensors: Mapping[str, Tensor]
     length: int  # text tokens read
-    model: str  # fingerprint of the model that made it
+    model: str  # fingerprint of the model that made it, and of the kind of cache
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write a safetensors file; `metadata` is the caller's own."""
@@ -137,9 +180,12 @@ class HymbaCache:
         max_length: int,
         like: Tensor,
         fingerprint: str = "",
+        kind: str | None = None,
     ):
-        """meta: what the meta tokens leave in every layer (batch 1); like: a tensor of the model's dtype and device"""
-        self.config, self.max_length, self.fingerprint = config, max_length, fingerprint
+        """meta: what the meta tokens leave in every layer (batch 1); like: a tensor of the model's dtype and device;
+        kind: "int8" for keys and values of 8 bits"""
+        self.config, self.max_length, self.kind = config, max_length, kind
+        self.fingerprint = fingerprint if kind is None else f"{fingerprint}-{kind}"
         # copies: a forward pass gives views, and each would keep a whole activation alive
         own = lambda x: x if x is None else x.clone(memory_format=torch.contiguous_format)  # noqa: E731
         self.meta = [
@@ -148,11 +194,19 @@ class HymbaCache:
         c = config
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
+        # of int8 only
+        self.k_scale: dict[int, Tensor] = {}
+        self.v_scale: dict[int, Tensor] = {}
+        dtype = like.dtype if kind is None else torch.int8
         for plan in c.layers:
             if plan.produces_kv:
                 slots = ring_slots(None if plan.spans_context else c.window, max_length)
-                self.k[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, c.d_key)
-                self.v[plan.index] = like.new_zeros(batch_size, c.n_kv_heads, slots, plan.d_value)
+                shape = (batch_size, c.n_kv_heads, slots)
+                self.k[plan.index] = like.new_zeros(*shape, c.d_key, dtype=dtype)
+                self.v[plan.index] = like.new_zeros(*shape, plan.d_value, dtype=dtype)
+                if kind is not None:
+                    self.k_scale[plan.index] = like.new_zeros(shape, dtype=torch.float32)
+                    self.v_scale[plan.index] = like.new_zeros(shape, dtype=torch.float32)
         # layer -> its place in `conv` and `ssm`
         self.recurrent = {layer: i for i, layer in enumerate(plan.index for plan in c.layers if plan.recurs)}
         L = len(self.recurrent)
@@ -167,12 +221,17 @@ class HymbaCache:
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
+    @property
+    def stores(self) -> dict[str, dict[int, Tensor]]:
+        """By name and layer, what holds the rows' keys and values: (B, G, S, ...) each."""
+        return {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
+
     def bytes(self) -> dict[str, int]:
         """Bytes of all rows by part, and of the meta tokens' keys, values and states, which exist once."""
         size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
         kv = [x for state in self.meta if state.meta for x in (state.meta.k, state.meta.v)]
         return {
-            "kv": size([*self.k.values(), *self.v.values()]),
+            "kv": size(x for store in self.stores.values() for x in store.values()),
             "conv": size([self.conv]),
             "ssm": size([self.ssm]),
             "meta": size([*kv, *(x for layer in self.recurrent for x in self.meta[layer][:2])]),
@@ -182,8 +241,8 @@ class HymbaCache:
         """Rows first .. last - 1 as a cache that shares the storage."""
         view = object.__new__(HymbaCache)
         view.__dict__.update(self.__dict__)
-        view.k = {layer: x[first:last] for layer, x in self.k.items()}
-        view.v = {layer: x[first:last] for layer, x in self.v.items()}
+        for name, store in self.stores.items():
+            setattr(view, name, {layer: x[first:last] for layer, x in store.items()})
         view.conv, view.ssm = self.conv[:, first:last], self.ssm[:, first:last]
         view.lengths = self.lengths[first:last]
         return view
@@ -216,7 +275,7 @@ class HymbaCache:
     def restore(self, row: int, snapshot: RowSnapshot) -> None:
         """Continue in `row` where `snapshot` was taken. Raises `UserError` if it is another model's or too long."""
         if snapshot.model != self.fingerprint:
-            raise UserError("this saved row was made by another model or dtype; read its prompt again instead")
+            raise UserError("this saved row was made by another model, dtype or kind of cache; read its prompt again")
         if snapshot.length > self.max_length:
             raise UserError(f"the saved row holds {snapshot.length} tokens, the cache at most {self.max_length}")
         mine = self._tensors(row, snapshot.length)
@@ -229,17 +288,15 @@ class HymbaCache:
 
     def _tensors(self, row: int, length: int) -> dict[str, Tensor]:
         """Everything a row of `length` tokens uses, as views."""
-        kv = {f"{name}.{layer}": x[row, :, :length] for name, store in (("k", self.k), ("v", self.v))
-              for layer, x in store.items()}  # fmt: skip
+        kv = {f"{name}.{i}": x[row, :, :length] for name, store in self.stores.items() for i, x in store.items()}
         return {**kv, "conv": self.conv[:, row], "ssm": self.ssm[:, row]}
 
     def layer(self, plan: LayerPlan, lengths: Tensor, used: int) -> CachedLayer:
         """One layer's part, for a call; lengths and used: of the rows before the call, on the model's device."""
         i = plan.index
         conv, ssm = (x[self.recurrent[i]] if plan.recurs else None for x in (self.conv, self.ssm))
-        return CachedLayer(
-            conv, ssm, self.meta[i].meta, self.k.get(i), self.v.get(i), lengths, used, self.config.n_meta
-        )
+        stores = (store.get(i) for store in self.stores.values())
+        return CachedLayer(conv, ssm, self.meta[i].meta, *stores, lengths, used, self.config.n_meta)
 
 
 def fingerprint(config: HymbaConfig, weights: list[Tensor]) -> str:

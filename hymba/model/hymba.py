@@ -24,7 +24,7 @@ from hymba import ops
 from hymba.config import HymbaConfig, LayerPlan
 from hymba.errors import UserError
 from hymba.model.attention import Attention
-from hymba.model.cache import CachedLayer, HymbaCache, LayerState, fingerprint
+from hymba.model.cache import KINDS, CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
 from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
 from hymba.model.mamba import Mamba, Mamba2
@@ -319,13 +319,16 @@ class Hymba(nn.Module):
             cache.require_room(counts)
 
     @torch.no_grad()
-    def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> HymbaCache:
+    def new_cache(self, batch_size: int = 1, max_length: int | None = None, kind: str | None = None) -> HymbaCache:
         """An empty cache of `batch_size` rows of `max_length` tokens (default: the context length).
 
+        kind: None keeps keys and values in the model's dtype, "int8" in 8 bits, see `hymba.model.cache`.
         Reads the meta tokens once, so make it after the weights are final. Raises `UserError` for lengths beyond the
         context: meta tokens are not counted.
         """
         c = self.config
+        if kind not in KINDS:
+            raise UserError(f"unknown kind of cache {kind!r}; int8 stores keys and values in 8 bits, None as computed")
         max_length = c.max_length if max_length is None else max_length
         if batch_size < 1 or not 1 <= max_length <= c.max_length:
             raise UserError(
@@ -339,7 +342,7 @@ class Hymba(nn.Module):
             )
         meta = self.meta_states(torch.zeros(1, dtype=torch.int64, device=self.meta_tokens.device))
         name = fingerprint(c, [parameter.flatten()[:64] for parameter in self.parameters()])
-        return HymbaCache(c, meta, batch_size, max_length, self.meta_tokens, name)
+        return HymbaCache(c, meta, batch_size, max_length, self.meta_tokens, name, kind)
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from hymba import Hymba, HymbaConfig
-from hymba.bench.gpu.measure import GPU, captured, free, largest, shown, timed
+from hymba.bench.gpu.measure import GPU, by_importance, captured, free, largest, shown, timed
 from hymba.bench.workloads import cache_bytes_read
 from hymba.cost import attention_operations, matmul_weights, training_operations
 from hymba.engine.decoder import make_decoder
@@ -28,7 +28,8 @@ def random_model(config: HymbaConfig, dtype: torch.dtype = torch.bfloat16) -> Hy
 
 
 @torch.no_grad()
-def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
+def decode(batches: list[int], limit: dict[str, float], deadline: float) -> list[dict]:
+    """From filled caches of 8K tokens."""
     model, table = random_model(HymbaConfig.preset("1.5B")), []
     weights = sum(p.nbytes for p in model.parameters())
 
@@ -50,10 +51,13 @@ def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
         return {
             "tokens/s": batch / seconds, "ms a step": seconds * 1e3,
             "of weight reading": weights / limit["copy"] / seconds,
-            "of all bytes": moved / limit["copy"] / seconds, "cache MB a row": _row_bytes(cache) / 1e6,
+            "of all bytes": moved / limit["copy"] / seconds, **_row_megabytes(cache),
         }  # fmt: skip
 
-    for batch in batches:
+    for batch in by_importance(batches):
+        if time.perf_counter() > deadline:
+            print(f"  batch {batch}: left out, the time is up")
+            continue
         row = largest(batch, measure)
         print(f"  Hymba-1.5B, decode at 8K: {shown(row)}", flush=True)
         table.append(row)
@@ -61,14 +65,20 @@ def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
     return table
 
 
-def _row_bytes(cache: HymbaCache) -> float:
-    return sum(value for name, value in cache.bytes().items() if name != "meta") / cache.batch_size
+def _row_megabytes(cache: HymbaCache) -> dict[str, float]:
+    """As allocated for each row: all of it, and keys and values alone."""
+    size = {name: value / cache.batch_size / 1e6 for name, value in cache.bytes().items()}
+    return {"cache MB a row": size["kv"] + size["conv"] + size["ssm"], "KV MB a row": size["kv"]}
 
 
 @torch.no_grad()
-def prefill(limit: dict[str, float], length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
+def prefill(limit: dict[str, float], deadline: float, length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
+    """Prompts in pieces, into an empty cache."""
     model, table = random_model(HymbaConfig.preset("1.5B")), []
     for batch in (1, 8):
+        if time.perf_counter() > deadline:
+            print(f"  batch {batch}: left out, the time is up")
+            continue
         ids = torch.randint(1, 32000, (batch, length), device=GPU)
 
         cache = model.new_cache(batch, length)

@@ -62,16 +62,15 @@ def _peer(shape: Shape, batches: list[int], deadline: float) -> dict:
     free()
     fits = max(batches)
     for batch in by_importance(batches):
-        if batch > fits:
-            continue  # a larger one was halved to less than this
+        if batch > fits or batch in (row["batch"] for row in table["decode"]):
+            continue  # a larger one was halved to this, or to less
         if time.perf_counter() > deadline:
             print(f"  {shape.name}, batch {batch}: left out, its time is up")
             continue
         row = largest(batch, lambda batch: _decode(shape, model, batch))
         fits = fits if row["batch"] == batch else row["batch"]
         print(f"  {shape.name}, decode at 8K: {shown(row)}", flush=True)
-        if row["batch"] not in [other["batch"] for other in table["decode"]]:
-            table["decode"].append(row)
+        table["decode"].append(row)
         free()
     return table
 
@@ -108,17 +107,20 @@ def _prefill(model: nn.Module, length: int, rows: int) -> dict:
 def _decode(shape: Shape, model: nn.Module, batch: int) -> dict:
     from transformers import StaticCache
 
-    torch._dynamo.reset()
     cache, name = StaticCache(config=model.config, max_cache_len=CONTEXT), _cache_name(model)
     before = CONTEXT - STEPS - 8
     ids = torch.ones(batch, 1, dtype=torch.int64, device=GPU)
-    # a short prompt is read, so that types and states are the model's own choice; then the cache is filled
-    model(torch.ones(batch, 4, dtype=torch.int64, device=GPU), use_cache=True, **{name: cache})
+    # a short prompt is read, so that types and states are the model's own choice; then the cache is filled. Scans of
+    # plain operations take gigabytes for each row, so there one row is read and repeated.
+    read = batch if shape.kind == "llama" else 1
+    model(torch.ones(read, 4, dtype=torch.int64, device=GPU), use_cache=True, **{name: cache})
+    for layer in cache.layers if read < batch else ():
+        _repeat(layer, batch)
     stores = [x for layer in cache.layers for x in (getattr(layer, n, None) for n in ("keys", "values"))]
     stores = [x for x in stores if x is not None]
     for x in stores:
         x.normal_()
-    held = stores + [x for layer in cache.layers for n in STATES for x in _tensors(getattr(layer, n, None))]
+    held = stores + [x for layer in cache.layers for n in STATES for x in getattr(layer, n, {}).values()]
     positions = torch.full((batch, 1), before, device=GPU)
     places = {} if shape.kind == "mamba" else {"position_ids": positions}
 
@@ -154,14 +156,19 @@ def _decode(shape: Shape, model: nn.Module, batch: int) -> dict:
     }  # fmt: skip
 
 
+def _repeat(layer: object, batch: int) -> None:
+    """Make `batch` rows of a cache's one."""
+    for name in ("keys", "values"):
+        if isinstance(x := getattr(layer, name, None), Tensor):
+            setattr(layer, name, x.repeat(batch, *[1] * (x.dim() - 1)))
+    for name in STATES:
+        states = getattr(layer, name, {})
+        for i, x in states.items():
+            states[i] = x.repeat(batch, *[1] * (x.dim() - 1))
+
+
 def _without_launches(step: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
     with suppress(RuntimeError):  # it may wait for the card somewhere, which a graph cannot
         return captured(step), "static cache, plain operations in a CUDA graph"
     torch.cuda.synchronize()
     return step, "static cache, plain operations"
-
-
-def _tensors(x: object) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    return [y for y in (x.values() if isinstance(x, dict) else x or ()) if isinstance(y, Tensor)]

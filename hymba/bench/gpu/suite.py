@@ -23,7 +23,7 @@ def require_gpu() -> None:
 
 
 # sections in turn, and by which share of the time each must have ended: what one leaves, the next ones have
-ENDS = {"check": 0.2, "kernels": 0.3, "decode": 0.4, "prefill": 0.45, "train": 0.62, "operators": 0.65, "peers": 1.0}
+ENDS = {"check": 0.2, "kernels": 0.36, "decode": 0.45, "prefill": 0.52, "train": 0.74, "operators": 0.75, "peers": 1.0}
 
 
 def run(sections: list[str], batches: list[int], seconds: float) -> dict:

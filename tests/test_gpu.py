@@ -256,32 +256,90 @@ def test_gemv(rows):
     check(torch.relu(w @ x).square(), squared_relu=True)
 
 
-def test_branches_of_one_row():
-    """Attention beside the recurrence's step, from what `prepare` leaves."""
+@pytest.mark.parametrize("case", ["keys of its own", "another layer's keys", "no meta tokens", "norms of heads"])
+def test_branches_of_one_row(case):
+    """Attention beside the recurrence's step, from what the input projection leaves; a ring that goes round."""
     torch.manual_seed(0)
-    E, N, rank, H, G, M, slots, window, eps = 40, 4, 6, 6, 2, 5, 21, 20, 1e-6
-    length = torch.tensor([50])
-    ring = KeyValue(randn(1, G, slots, 16), randn(1, G, slots, 32), stored_positions(length, slots, M))
-    meta = KeyValue(randn(1, G, M, 16), randn(1, G, M, 32), torch.arange(M)[None])
-    q, at, u, gate = randn(1, H, 1, 16), length[:, None] - 1 + M, randn(1, E), randn(1, E)
-    weights = [randn(rank + 2 * N, E) / E**0.5, randn(rank), randn(E, rank), randn(E), -randn(E, N).exp()]
-    weights += [randn(N), randn(N), randn(E)]
-    x_proj, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D = weights
+    E, N, rank, H, G, M, slots, window, eps, dk, K = 40, 4, 6, 6, 2, 5, 21, 20, 1e-6, 16, 4
+    M, makes = 0 if case == "no meta tokens" else M, case != "another layer's keys"
+    token = 49  # number of the new one
+    ring = KeyValue(
+        randn(1, G, slots, dk), randn(1, G, slots, 2 * dk), stored_positions(torch.tensor([token]), slots, M)
+    )
+    sources = [KeyValue(randn(1, G, M, dk), randn(1, G, M, 2 * dk), torch.arange(M)[None])] if M else []
+    own = (G * dk, 2 * G * dk) if makes else ()
+    proj = randn(1, H * dk + sum(own) + 2 * E)
+    q, *kv, u, gate = proj.split((H * dk, *own, E, E), dim=1)
+    angles = randn(token + 1, dk // 2)
+    cos, sin = (torch.cat([x, x], dim=1)[-1].view(1, 1, 1, dk) for x in (angles.cos(), angles.sin()))
+    norms = [randn(H, dk), randn(G, dk)] if case == "norms of heads" else [None, None]
+
+    def rotated(x, heads, norm):
+        x = x.view(1, heads, 1, dk)
+        return reference.rotate(x if norm is None else reference.rms_norm(x, norm[:, None], 1e-6), cos, sin)
+
+    slot, after = token % slots, stored_positions(torch.tensor([token + 1]), slots, M)
+    k, v = ring.k.clone(), ring.v.clone()
+    if makes:
+        k[:, :, slot], v[:, :, slot] = rotated(kv[0], G, norms[1])[:, :, 0], kv[1].view(1, G, 2 * dk)
+    at = torch.tensor([[token + M]])
+    expected = reference.attention(
+        rotated(q, H, norms[0]), at, None, [*sources, KeyValue(k, v, after)], window, M, 0.25
+    )
+    x_proj, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D = weights = [
+        randn(rank + 2 * N, E) / E**0.5, randn(rank), randn(E, rank), randn(E), -randn(E, N).exp(), randn(N), randn(N),
+        randn(E),
+    ]  # fmt: skip
+    conv = randn(E, K), randn(E), randn(1, K - 1, E)
     state = randn(1, E, N)
-    low = (u @ x_proj.T)[:, None].split((rank, N, N), dim=-1)
+    mixed = reference.causal_conv(u[:, None], *conv)
+    low = (mixed @ x_proj.T).split((rank, N, N), dim=-1)
     dt, B, C = (reference.rms_norm(x, w, eps) for x, w in zip(low, (dt_norm, B_norm, C_norm), strict=True))
     expected_y, expected_state = reference.selective_scan(
-        u[:, None], dt @ dt_weight.T, dt_bias, A, B, C, D, gate[:, None], state
+        mixed, dt @ dt_weight.T, dt_bias, A, B, C, D, gate[:, None], state
     )
-    expected = reference.attention(q, at, None, [meta, ring], window, M, 0.25)
-    norms = randn(H * 32), randn(E)
-    given = on_device([q, at, [meta, ring], window, M, 0.25, u, *weights, gate, state, eps, *norms])
-    attn, y, squares = (x.cpu() for x in step.branches(*given))
-    assert_near(attn, expected[:, 0] * norms[0], FP32, "attention")
-    assert_near(y, expected_y[:, 0] * norms[1], FP32, "y")
+    branch_norms = randn(H * 2 * dk), randn(E)
+    store = on_device(ring._replace(positions=after))
+    conv_state, ssm_state = on_device([conv[2].clone(), state])
+    attn, y, squares = (
+        x.cpu() for x in step.branches(
+            *on_device([proj, torch.tensor([token], dtype=torch.int32), angles.cos(), angles.sin(), *norms, 1e-6]),
+            makes, H, on_device(at), [*on_device(sources), store], window, M, 0.25, *on_device(conv[:2]), conv_state,
+            *on_device(weights), ssm_state, eps, *on_device(branch_norms),
+        )
+    )  # fmt: skip
+    assert_near(attn, expected[:, 0] * branch_norms[0], FP32, "attention")
+    assert_near(y, expected_y[:, 0] * branch_norms[1], FP32, "y")
     sums = torch.stack([expected.square().sum(), expected_y.square().sum()])
     assert_near(torch.stack([squares[:H].sum(), squares[H:].sum()]), sums, FP32, "sums of squares")
-    assert_near(given[-4].cpu(), expected_state, FP32, "state")
+    assert_near(ssm_state.cpu(), expected_state, FP32, "state")
+    assert_near(conv_state.cpu(), torch.cat([conv[2][:, 1:], u[:, None]], dim=1), FP32, "conv state")
+    for name, stored, right in (("keys", store.k, k), ("values", store.v, v)):
+        assert_near(stored.cpu(), right, FP32, name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "perhead-rms", "mlp_activation": "relu2"}])
+def test_a_decoding_step_is_the_model(changes, monkeypatch):
+    """What the graph decoder captures for a batch of one, as it is; the window is crossed."""
+    from hymba import ops
+    from hymba.engine import cuda
+
+    monkeypatch.setattr(cuda, "supports", lambda model: None)
+    model = tiny_model(**changes).to(DEVICE)
+    before = model.config.window + 1
+    ids = random_ids(1, before + 2).to(DEVICE)
+    with torch.inference_mode(), ops.use_backend("reference"):
+        expected = model(ids)
+        cache = model.new_cache(1, 64)
+        model(ids[:, :before], cache=cache)
+    graph = object.__new__(cuda._Graph)
+    graph._allocate(cuda.GraphDecoder(model, 1), cache)
+    for t in range(before, ids.shape[1]):
+        graph.ids.copy_(ids[:, t])
+        with torch.inference_mode():
+            logits = graph._step()
+        assert_near(logits.cpu(), expected[:, t].cpu(), 1e-5, f"token {t}")
+    assert graph.lengths.item() == ids.shape[1]
 
 
 @pytest.mark.gpu

@@ -94,19 +94,8 @@ class _Graph:
     """A captured step for the rows of one cache."""
 
     def __init__(self, decoder: GraphDecoder, cache: HymbaCache):
-        model, B = decoder.model, cache.batch_size
-        self.decoder, self.cache = decoder, cache
-        device = model.norm.weight.device
-        self.ids = torch.zeros(B, dtype=torch.int64, device=device)
-        self.lengths = cache.lengths.to(device, torch.int32)
-        self.expected = cache.lengths.clone()
-        slots = {x.shape[2] for x in cache.k.values()}
-        self.positions = {n: torch.empty(B, n, dtype=torch.int32, device=device) for n in slots}
-        self.now = torch.empty(B, 1, dtype=torch.int32, device=device)
-        self.meta = [
-            state.meta and state.meta._replace(positions=state.meta.positions.to(device, torch.int32))
-            for state in cache.meta
-        ]
+        self._allocate(decoder, cache)
+        device = self.ids.device
         self.side = torch.cuda.Stream(device)
         # the warm-up compiles kernels, and must not move the cache
         kept = [x.clone() for x in (cache.conv, cache.ssm, self.lengths)]
@@ -120,6 +109,21 @@ class _Graph:
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self.graph, stream=stream), torch.inference_mode():
             self.logits = self._step()
+
+    def _allocate(self, decoder: GraphDecoder, cache: HymbaCache) -> None:
+        model, B = decoder.model, cache.batch_size
+        self.decoder, self.cache = decoder, cache
+        device = model.norm.weight.device
+        self.ids = torch.zeros(B, dtype=torch.int64, device=device)
+        self.lengths = cache.lengths.to(device, torch.int32, copy=True)
+        self.expected = cache.lengths.clone()
+        slots = {x.shape[2] for x in cache.k.values()}
+        self.positions = {n: torch.empty(B, n, dtype=torch.int32, device=device) for n in slots}
+        self.now = torch.empty(B, 1, dtype=torch.int32, device=device)
+        self.meta = [
+            state.meta and state.meta._replace(positions=state.meta.positions.to(device, torch.int32))
+            for state in cache.meta
+        ]
 
     def _restore(self, kept: list[Tensor]) -> None:
         for x, before in zip((self.cache.conv, self.cache.ssm, self.lengths), kept, strict=True):
@@ -161,30 +165,33 @@ class _Graph:
         heads, mamba, attention = block.heads, block.heads.mamba, block.heads.attention
         E = c.d_inner
         proj = self._linear(x, heads.in_proj.weight, norm=block.heads_norm.weight, eps=c.norm_eps)
-        gate = proj[:, proj.shape[1] - E :]
-        q, u = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E)
-        q_norm, k_norm = self.decoder.head_norms[i]
-        step.prepare(
-            proj, self.lengths, self.decoder.cos, self.decoder.sin, q_norm, k_norm, QK_NORM_EPS,
-            self.cache.k.get(i), self.cache.v.get(i), mamba.conv_weight, mamba.conv_bias, self.cache.conv[i],
-            q, u, proj.shape[1] - 2 * E, c.n_kv_heads, c.d_value,
-        )  # fmt: skip
-        keys = q, self.now, sources, attention.window, c.n_meta, attention.scale
+        norms = *self.decoder.head_norms[i], QK_NORM_EPS
+        angles = self.decoder.cos, self.decoder.sin
+        conv = mamba.conv_weight, mamba.conv_bias, self.cache.conv[i]
+        keys = self.now, sources, attention.window, c.n_meta, attention.scale
         recurrence = (
             mamba.dt_norm.weight, mamba.dt_weight, mamba.dt_bias, self.decoder.rates[i],
-            mamba.B_norm.weight, mamba.C_norm.weight, mamba.D, gate, self.cache.ssm[i], c.norm_eps,
+            mamba.B_norm.weight, mamba.C_norm.weight, mamba.D,
         )  # fmt: skip
-        finish = self._finish_one if B == 1 else self._finish_many
-        return finish(x, block, keys, u, recurrence)
+        if B == 1:
+            attn, ssm, squares = step.branches(
+                proj, self.lengths, *angles, *norms, plan.produces_kv, c.n_heads, *keys, *conv, mamba.x_proj.weight,
+                *recurrence, self.cache.ssm[i], c.norm_eps, heads.attn_norm.weight, heads.ssm_norm.weight,
+            )  # fmt: skip
+            return self._finish_one(x, block, attn, ssm, squares)
+        q, u = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E)
+        step.prepare(
+            proj, self.lengths, *angles, *norms, self.cache.k.get(i), self.cache.v.get(i), *conv, q, u,
+            proj.shape[1] - 2 * E, c.n_kv_heads, c.d_value,
+        )  # fmt: skip
+        gate = proj[:, proj.shape[1] - E :]
+        return self._finish_many(x, block, (q, *keys), u, (*recurrence, gate, self.cache.ssm[i], c.norm_eps))
 
-    def _finish_one(self, x: Tensor, block: Block, keys: tuple, u: Tensor, recurrence: tuple) -> Tensor:
+    def _finish_one(self, x: Tensor, block: Block, attn: Tensor, ssm: Tensor, squares: Tensor) -> Tensor:
         """The rest of a layer for a batch of one: a chain of kernels that overlap."""
         from hymba.ops.gpu import step
 
         c, heads, mlp = self.decoder.config, block.heads, block.mlp
-        attn, ssm, squares = step.branches(
-            *keys, u, heads.mamba.x_proj.weight, *recurrence, heads.attn_norm.weight, heads.ssm_norm.weight
-        )
         y, hidden, out = torch.empty_like(x), x.new_empty(1, c.d_ff), torch.empty_like(x)
         step.gemv(
             attn[0], heads.out_proj.weight, y[0], mean_with=(ssm[0], squares, c.n_heads), eps=c.norm_eps, residual=x[0]

@@ -1,5 +1,6 @@
 """Kernels against the limits of the card."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ SHAPES = (
 )
 
 
-def kernels(limit: dict[str, float]) -> dict[str, dict[str, float]]:
+def kernels(limit: dict[str, float], deadline: float) -> dict[str, dict[str, float]]:
     """Seconds without launches, and the share of the floor: bytes at the speed of a copy, operations at that of a large
     product, exponentials at what the units for them can do."""
     table: dict[str, dict[str, float]] = {}
@@ -36,10 +37,13 @@ def kernels(limit: dict[str, float]) -> dict[str, dict[str, float]]:
         shares = ", ".join(f"{v / seconds:.0%} of the floor of {k}" for k, v in floors.items() if v)
         print(f"  {name:44} {seconds * 1e6:8.0f} us  {shares}", flush=True)
 
-    for shape in SHAPES:
-        _recurrence(row, *shape, neighbours=shape == SHAPES[0])
+    works = [lambda shape=shape: _recurrence(row, *shape, neighbours=shape == SHAPES[0]) for shape in SHAPES]
+    for work in (*works, lambda: _attention(row, rows=8, length=2048)):
+        if time.perf_counter() > deadline:
+            print("  the rest is left out, the time is up")
+            break
+        work()
         free()
-    _attention(row, rows=8, length=2048)
     return table
 
 

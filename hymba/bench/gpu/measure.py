@@ -4,6 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ EXPONENTIALS_PER_CLOCK = 16  # of one multiprocessor
 GPU = torch.device("cuda")
 
 
-def timed(work: Callable[[], object], least: int = 10, seconds: float = 0.3) -> float:
+def timed(work: Callable[[], object], least: int = 10, seconds: float = 0.3, warm: int = 3) -> float:
     """Median seconds of one call, by events."""
-    for _ in range(3):
+    for _ in range(warm):
         work()
     torch.cuda.synchronize()
     spans, began = [], time.perf_counter()
@@ -46,18 +47,17 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
 
 
 def limits() -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and of reading, operations of a product in bfloat16, measured and by
-    the maker's data sheet (MFU is a share of that), exponentials."""
+    """Bytes a second of a copy (read and written), operations of a product in bfloat16, measured and by the maker's
+    data sheet (MFU is a share of that), exponentials."""
     x = torch.randn(1 << 29, device=GPU, dtype=torch.bfloat16)
     y = torch.empty_like(x)
     copy = 2 * x.nbytes / timed(lambda: y.copy_(x))
-    read = x.nbytes / timed(lambda: x.view(torch.int32).sum())
     a = torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16)
     product = 2 * 8192**3 / timed(lambda: a @ a)
     properties = torch.cuda.get_device_properties(GPU)
     clock = properties.clock_rate * 1e3 if hasattr(properties, "clock_rate") else 1.755e9
     return {
-        "copy": copy, "read": read, "product": product, "peak": peak_operations(GPU, "bfloat16"),
+        "copy": copy, "product": product, "peak": peak_operations(GPU, "bfloat16"),
         "exponentials": properties.multi_processor_count * EXPONENTIALS_PER_CLOCK * clock,
     }  # fmt: skip
 
@@ -67,6 +67,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def free() -> None:
+    """Between measurements: memory, and compiled forms of functions, of which PyTorch keeps eight at most."""
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -74,13 +76,18 @@ def free() -> None:
 def largest(batch: int, measure: Callable[[int], dict]) -> dict:
     """`measure`, with the batch halved until it fits."""
     while True:
-        try:
+        with suppress(torch.OutOfMemoryError):  # which holds what was allocated, until it is gone
             return {"batch": batch, **measure(batch)}
-        except torch.OutOfMemoryError:
-            free()
-            if batch == 1:
-                return {"batch": 0}
-            batch //= 2
+        free()
+        if batch == 1:
+            return {"batch": 0}
+        batch //= 2
+
+
+def by_importance(batches: list[int]) -> list[int]:
+    """The largest decides, and one row alone is what a person waits for; the others follow while there is time."""
+    first, *rest = sorted(batches, reverse=True)
+    return [first, *rest[-1:], *rest[:-1]]
 
 
 def shown(row: dict) -> str:

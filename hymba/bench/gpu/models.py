@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 
 from hymba import Hymba, HymbaConfig
-from hymba.bench.gpu.measure import GPU, captured, free, largest, shown, timed
+from hymba.bench.gpu.measure import GPU, by_importance, captured, free, largest, shown, timed
 from hymba.bench.workloads import cache_bytes_read
 from hymba.cost import attention_operations, matmul_weights, training_operations
 from hymba.engine.decoder import make_decoder
 from hymba.model.cache import HymbaCache
 
 CONTEXT, STEPS = 8192, 16
+PROMPTS = ((1, 8192), (8, 2048))  # rows, tokens that are read at once
 # rows of a training step, halved until they fit
 TRAINED = {"1.5B": 8, "350M": 16, "125M": 32}
 
@@ -28,7 +29,8 @@ def random_model(config: HymbaConfig, dtype: torch.dtype = torch.bfloat16) -> Hy
 
 
 @torch.no_grad()
-def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
+def decode(batches: list[int], limit: dict[str, float], deadline: float) -> list[dict]:
+    """From filled caches of 8K tokens."""
     model, table = random_model(HymbaConfig.preset("1.5B")), []
     weights = sum(p.nbytes for p in model.parameters())
 
@@ -50,10 +52,13 @@ def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
         return {
             "tokens/s": batch / seconds, "ms a step": seconds * 1e3,
             "of weight reading": weights / limit["copy"] / seconds,
-            "of all bytes": moved / limit["copy"] / seconds, "cache MB a row": _row_bytes(cache) / 1e6,
+            "of all bytes": moved / limit["copy"] / seconds, **_row_megabytes(cache),
         }  # fmt: skip
 
-    for batch in batches:
+    for batch in by_importance(batches):
+        if time.perf_counter() > deadline:
+            print(f"  batch {batch}: left out, the time is up")
+            continue
         row = largest(batch, measure)
         print(f"  Hymba-1.5B, decode at 8K: {shown(row)}", flush=True)
         table.append(row)
@@ -61,28 +66,33 @@ def decode(batches: list[int], limit: dict[str, float]) -> list[dict]:
     return table
 
 
-def _row_bytes(cache: HymbaCache) -> float:
-    return sum(value for name, value in cache.bytes().items() if name != "meta") / cache.batch_size
+def _row_megabytes(cache: HymbaCache) -> dict[str, float]:
+    """As allocated for each row: all of it, and keys and values alone."""
+    size = {name: value / cache.batch_size / 1e6 for name, value in cache.bytes().items()}
+    return {"cache MB a row": size["kv"] + size["conv"] + size["ssm"], "KV MB a row": size["kv"]}
 
 
 @torch.no_grad()
-def prefill(limit: dict[str, float], length: int = CONTEXT, chunk: int = 2048) -> list[dict]:
+def prefill(limit: dict[str, float], deadline: float) -> list[dict]:
+    """Prompts of 8K tokens into an empty cache: one at once, several in pieces."""
     model, table = random_model(HymbaConfig.preset("1.5B")), []
-    for batch in (1, 8):
-        ids = torch.randint(1, 32000, (batch, length), device=GPU)
+    for batch, chunk in PROMPTS:
+        if time.perf_counter() > deadline:
+            print(f"  batch {batch}: left out, the time is up")
+            continue
+        ids = torch.randint(1, 32000, (batch, CONTEXT), device=GPU)
+        cache = model.new_cache(batch, CONTEXT)
 
-        cache = model.new_cache(batch, length)
-
-        def run(ids=ids, cache=cache) -> None:
+        def run(ids=ids, cache=cache, chunk=chunk) -> None:
             cache.lengths.zero_()
             for piece in ids.split(chunk, dim=1):
                 hidden = model.hidden(piece, cache=cache)
             model.lm_head(hidden[:, -1])
 
         seconds = timed(run, least=3)
-        work = batch * (2.0 * length * matmul_weights(model.config) + attention_operations(model.config, 0, length))
-        row = {"batch": batch, "tokens/s": batch * length / seconds, "share of peak": work / seconds / limit["peak"]}
-        print(f"  Hymba-1.5B, prefill of {length} in pieces of {chunk}: {shown(row)}", flush=True)
+        work = batch * (2.0 * CONTEXT * matmul_weights(model.config) + attention_operations(model.config, 0, CONTEXT))
+        row = {"batch": batch, "tokens/s": batch * CONTEXT / seconds, "share of peak": work / seconds / limit["peak"]}
+        print(f"  Hymba-1.5B, prefill of {CONTEXT} in pieces of {chunk}: {shown(row)}", flush=True)
         table.append(row)
     return table
 

@@ -1,83 +1,174 @@
-"""Llama of `transformers` on the same card: random bfloat16 weights, a filled static cache, torch.compile with CUDA
-graphs, which is the fastest setting that library has without packages that are compiled from source."""
+"""Peers of `transformers` on the same card: random bfloat16 weights made there, filled caches.
+
+Each gets the fastest setting that library has without packages that are compiled from source: Llama its static cache
+under `torch.compile` with CUDA graphs. Falcon-H1 and Mamba meet a step of plain PyTorch operations there when
+mamba-ssm and causal-conv1d are absent; it is captured in a CUDA graph as it is, which spares them the launches, and
+which `generate` does not do. Their prompts go through the scans that the library falls back to.
+"""
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
+from torch import Tensor, nn
 
-from hymba.bench.gpu.measure import GPU, free, largest, shown, timed
+from hymba.bench.gpu.measure import GPU, by_importance, captured, free, largest, shown, timed
 from hymba.bench.gpu.models import CONTEXT, STEPS
+from hymba.bench.peers.shapes import SHAPES, Shape
+
+PEERS = ("llama-3b", "llama-1b", "falcon-h1", "mamba")
+# tokens of a prompt and rows; Mamba's falls back to a loop over time, whose cost a token does not depend on the length
+PROMPTS = {"llama": (CONTEXT, 1), "falcon_h1": (CONTEXT, 1), "mamba": (256, 1)}
+STATES = ("conv_states", "recurrent_states")
 
 
-def configs() -> dict[str, object]:
-    """Shapes from the released configs."""
-    import transformers as tf
-
-    llama = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 16384,
-             "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "intermediate_size": 8192}  # fmt: skip
-    return {
-        "Llama-3.2-3B": tf.LlamaConfig(
-            hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128, **llama
-        ),
-        "Llama-3.2-1B": tf.LlamaConfig(
-            hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, head_dim=64, **llama
-        ),
-    }
-
-
-@torch.no_grad()
-def peers(batches: list[int], deadline: float) -> dict[str, list[dict]]:
-    """Decoding at a context of 8K, for every batch that fits."""
+def peers(batches: list[int], deadline: float) -> dict[str, dict]:
+    """Decoding at a context of 8K for every batch that fits, and one prompt, for each peer."""
     try:
-        import transformers as tf
+        import transformers
     except ImportError:
         print("  transformers is not installed: no peers")
         return {}
-    tables: dict[str, list[dict]] = {}
-    for name, config in configs().items():
-        config._attn_implementation = "sdpa"
-        with GPU:
-            torch.set_default_dtype(torch.bfloat16)
-            model = tf.LlamaForCausalLM(config).eval()
-            torch.set_default_dtype(torch.float32)
-
-        def measure(batch: int, model=model, config=config) -> dict:
-            torch._dynamo.reset()
-            cache = tf.StaticCache(config=config, max_cache_len=CONTEXT)
-            heads, size = config.num_key_value_heads, config.head_dim
-            cache.early_initialization(
-                batch_size=batch, num_heads=heads, head_dim=size, dtype=torch.bfloat16, device=GPU
-            )
-            for layer in cache.layers:
-                layer.keys.normal_()
-                layer.values.normal_()
-            stored = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-            ids = torch.ones(batch, 1, dtype=torch.int64, device=GPU)
-            before = CONTEXT - STEPS - 4
-            step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-
-            def run() -> None:
-                for layer in cache.layers:
-                    layer.cumulative_length.fill_(before)
-                positions = torch.full((batch, 1), before, device=GPU)
-                for _ in range(STEPS):
-                    step(ids, past_key_values=cache, position_ids=positions, use_cache=True)
-                    positions = positions + 1
-
-            seconds = timed(run, least=3) / STEPS
-            return {"tokens/s": batch / seconds, "ms a step": seconds * 1e3, "cache MB a row": stored / batch / 1e6}
-
-        tables[name] = []
-        for batch in sorted(batches, reverse=True):  # the largest decides, and time may run out
-            if time.perf_counter() > deadline:
-                print(f"  {name}, batch {batch}: left out, the time is up")
-                continue
-            if tables[name] and tables[name][-1]["batch"] <= batch:
-                continue  # that is what a larger one was halved to
-            row = largest(batch, measure)
-            print(f"  {name}, decode at 8K: {shown(row)}", flush=True)
-            tables[name].append(row)
-            free()
-        del model, measure
+    transformers.logging.set_verbosity_error()
+    for name in ("mamba_ssm", "causal_conv1d"):
+        try:
+            __import__(name)
+        except ImportError:
+            print(f"  {name} is not installed: Falcon-H1 and Mamba take the operations that transformers has instead")
+    tables: dict[str, dict] = {}
+    for i, key in enumerate(PEERS):
+        # the time left is divided among those that are left
+        until = time.perf_counter() + (deadline - time.perf_counter()) / (len(PEERS) - i)
+        shape = SHAPES[key]
+        try:
+            tables[shape.name] = _peer(shape, batches, until)
+        except Exception as error:  # one peer must not cost the others
+            print(f"  {shape.name} failed: {type(error).__name__} {str(error)[:300]}", flush=True)
         free()
     return tables
+
+
+@torch.no_grad()
+def _peer(shape: Shape, batches: list[int], deadline: float) -> dict:
+    model = _model(shape)
+    table: dict[str, object] = {"decode": [], "prefill": None}
+    length, rows = PROMPTS[shape.kind]
+    try:
+        table["prefill"] = {"tokens": length, "batch": rows, **_prefill(model, length, rows)}
+        print(f"  {shape.name}, prefill: {shown(table['prefill'])}", flush=True)
+    except Exception as error:
+        print(f"  {shape.name}, prefill of {length}: {type(error).__name__} {str(error)[:200]}", flush=True)
+    free()
+    fits = max(batches)
+    for batch in by_importance(batches):
+        if batch > fits or batch in (row["batch"] for row in table["decode"]):
+            continue  # a larger one was halved to this, or to less
+        if time.perf_counter() > deadline:
+            print(f"  {shape.name}, batch {batch}: left out, its time is up")
+            continue
+        row = largest(batch, lambda batch: _decode(shape, model, batch))
+        fits = fits if row["batch"] == batch else row["batch"]
+        print(f"  {shape.name}, decode at 8K: {shown(row)}", flush=True)
+        table["decode"].append(row)
+        free()
+    return table
+
+
+def _model(shape: Shape) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from hymba.bench.peers.hf import config_of
+
+    attention = {} if shape.kind == "mamba" else {"attn_implementation": "sdpa"}
+    with GPU:
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16, **attention).eval()
+    for module in model.modules():
+        if type(module).__name__ == "FalconH1RMSNormGated":
+            # 5.17 drops the time axis of a single token here, and then mixes the rows of a batch into one another
+            module.register_forward_hook(lambda _, given, y: y.view(given[0].shape))
+    return model
+
+
+def _cache_name(model: nn.Module) -> str:
+    import inspect
+
+    from hymba.bench.peers.hf import CACHE_NAMES
+
+    return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
+
+
+def _prefill(model: nn.Module, length: int, rows: int) -> dict:
+    ids = torch.randint(1, 32000, (rows, length), device=GPU)
+    seconds = timed(lambda: model(ids, use_cache=True, logits_to_keep=1), least=1, seconds=0.0, warm=1)
+    return {"tokens/s": rows * length / seconds}
+
+
+def _decode(shape: Shape, model: nn.Module, batch: int) -> dict:
+    from transformers import StaticCache
+
+    cache, name = StaticCache(config=model.config, max_cache_len=CONTEXT), _cache_name(model)
+    before = CONTEXT - STEPS - 8
+    ids = torch.ones(batch, 1, dtype=torch.int64, device=GPU)
+    # a short prompt is read, so that types and states are the model's own choice; then the cache is filled. Scans of
+    # plain operations take gigabytes for each row, so there one row is read and repeated.
+    read = batch if shape.kind == "llama" else 1
+    model(torch.ones(read, 4, dtype=torch.int64, device=GPU), use_cache=True, **{name: cache})
+    for layer in cache.layers if read < batch else ():
+        _repeat(layer, batch)
+    stores = [x for layer in cache.layers for x in (getattr(layer, n, None) for n in ("keys", "values"))]
+    stores = [x for x in stores if x is not None]
+    for x in stores:
+        x.normal_()
+    held = stores + [x for layer in cache.layers for n in STATES for x in getattr(layer, n, {}).values()]
+    positions = torch.full((batch, 1), before, device=GPU)
+    places = {} if shape.kind == "mamba" else {"position_ids": positions}
+
+    def step(forward: Callable = model) -> Tensor:
+        return forward(ids, use_cache=True, **{name: cache}, **places).logits
+
+    if shape.kind == "llama":
+        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        advance, setting = (lambda: step(forward)), "static cache, compiled, CUDA graphs"
+    else:
+        advance, setting = _without_launches(step)
+
+    def rewind() -> None:
+        positions.fill_(before)
+        for layer in cache.layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(before)
+
+    rewind()
+    steps = STEPS if timed(advance, least=1, seconds=0.0, warm=4) < 0.05 else 2
+
+    def run() -> None:
+        rewind()
+        for _ in range(steps):
+            advance()
+            positions.add_(1)
+
+    seconds = timed(run, least=3, seconds=0.0, warm=1) / steps
+    return {
+        "tokens/s": batch / seconds, "ms a step": seconds * 1e3,
+        "cache MB a row": sum(x.nbytes for x in held) / batch / 1e6,
+        "KV MB a row": sum(x.nbytes for x in stores) / batch / 1e6, "setting": f"{setting}, {steps} steps",
+    }  # fmt: skip
+
+
+def _repeat(layer: object, batch: int) -> None:
+    """Make `batch` rows of a cache's one."""
+    for name in ("keys", "values"):
+        if isinstance(x := getattr(layer, name, None), Tensor):
+            setattr(layer, name, x.repeat(batch, *[1] * (x.dim() - 1)))
+    for name in STATES:
+        states = getattr(layer, name, {})
+        for i, x in states.items():
+            states[i] = x.repeat(batch, *[1] * (x.dim() - 1))
+
+
+def _without_launches(step: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
+    with suppress(RuntimeError):  # it may wait for the card somewhere, which a graph cannot
+        return captured(step), "static cache, plain operations in a CUDA graph"
+    torch.cuda.synchronize()
+    return step, "static cache, plain operations"

@@ -27,6 +27,28 @@ MAX_PIECES = 64
 
 
 @triton.jit
+def absorb(q_tile, k_tile, v_tile, see, acc, m, l, scale, PRECISION: tl.constexpr):
+    """Keys (BK, BN), of which some are seen, into the running softmax of queries (RP, BK); scale: times log2 e"""
+    score = tl.dot(q_tile.to(k_tile.dtype), k_tile, input_precision=PRECISION) * scale
+    score = tl.where(see[None, :], score, float("-inf"))
+    new = tl.maximum(m, tl.max(score, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(m - base)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new, l * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
+def store_piece(acc, m, l, partial, lse, at, real, DV: tl.constexpr, BV: tl.constexpr):
+    """at: of each query among all partial outputs"""
+    j, seen = tl.arange(0, BV), l > 0
+    acc = acc / tl.where(seen, l, 1.0)[:, None]
+    tl.store(partial + at[:, None] * DV + j[None, :], acc, mask=real[:, None] & (j < DV)[None, :])
+    tl.store(lse + at, tl.where(seen, m + tl.log2(l), float("-inf")), mask=real)
+
+
+@triton.jit
 def attend_piece(
     number, pieces, group, row, q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
     S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
@@ -61,19 +83,8 @@ def attend_piece(
         if tl.max(see.to(tl.int32), axis=0) > 0:
             k_tile = tl.load(k + i[:, None] + s[None, :] * k_step, mask=see[None, :] & (i < DK)[:, None], other=0.0)
             v_tile = tl.load(v + s[:, None] * v_step + j[None, :], mask=see[:, None] & (j < DV)[None, :], other=0.0)
-            score = tl.dot(q_tile.to(k_tile.dtype), k_tile, input_precision=PRECISION) * scale
-            score = tl.where(see[None, :], score, float("-inf"))
-            new = tl.maximum(m, tl.max(score, axis=1))
-            p = tl.exp2(score - new[:, None])
-            shrink = tl.exp2(m - new)
-            l = l * shrink + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-            m = new
-    at = (row * H + head) * pieces + number
-    seen = l > 0
-    acc = acc / tl.where(seen, l, 1.0)[:, None]
-    tl.store(partial + at[:, None] * DV + j[None, :], acc, mask=(r < R)[:, None] & (j < DV)[None, :])
-    tl.store(lse + at, tl.where(seen, m + tl.log2(l), float("-inf")), mask=r < R)
+            acc, m, l = absorb(q_tile, k_tile, v_tile, see, acc, m, l, scale, PRECISION)
+    store_piece(acc, m, l, partial, lse, (row * H + head) * pieces + number, r < R, DV, BV)
 
 
 @triton.jit

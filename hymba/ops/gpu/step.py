@@ -11,9 +11,11 @@ what stands before and after a product is folded into it:
 
 A warp owns a row of W, and loads all of it before it looks at x: kernels of one step overlap (`common.overlap`), so
 that the weights of a product are on their way while the kernels before it still run, and memory never waits for a
-launch. `prepare` rotates queries and keys, stores keys and values in the ring, and takes the convolution's step;
-`attend_and_project` is attention over pieces of the keys beside the projection of B, C and dt; `merge_and_scan` joins
-the pieces beside the recurrence's step. `scan_step` projects dt (batch of one), norms B and C, and takes that step.
+launch. Between the products of a batch of one stand two kernels (`branches`): `attend_and_project`, attention over
+pieces of the keys beside the projection of B, C and dt, and `merge_and_scan`, which joins the pieces beside the
+recurrence's step. Queries and keys are rotated, and the convolution is taken, where they are used, more than once: a
+kernel of its own would cost more. Larger batches have one, `prepare`, and `scan_step`, which norms B and C and takes
+the recurrence's step.
 
 float32: everything between load and store.
 """
@@ -25,12 +27,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, inputs_ready, let_next_begin, overlap, softplus
-from hymba.ops.gpu.decode import attend_piece, merge_head, plan
+from hymba.ops.gpu.common import INTERPRET, LOG2E, inputs_ready, let_next_begin, overlap, softplus
+from hymba.ops.gpu.decode import absorb, merge_head, plan, store_piece
 from hymba.visibility import KeyValue
 
 NO_ACTIVATION, GATED_SILU, SQUARED_RELU = 0, 1, 2
 COLUMNS = 16 if INTERPRET else 256  # of a row of weights in a load of one warp, 16 bytes a lane
+
+
+def _at_most(registers: int, x: Tensor) -> dict[str, bool | int]:
+    """`overlap` for a kernel that needs no more when its weights x have two bytes: room for the programs after it"""
+    options = overlap(x.device)
+    return {**options, "maxnreg": registers} if options["PDL"] and x.dtype.itemsize == 2 else options
 
 
 @triton.jit
@@ -121,11 +129,13 @@ def gemv(
     rows, K = w.shape
     x2, squares, heads = mean_with or (x, x, 0)
     BN = 8 if rows >= 4096 and up is None else 4
+    # at 154 registers, four programs of the 1.5B shape's 400 would have to wait until others are done
+    options = _at_most(128, w) if mean_with else overlap(x.device)
     _gemv_kernel[(triton.cdiv(rows, BN),)](
         x, norm, x2, squares, heads, w, up, residual, y, rows, eps, K,
         NORM=norm is not None, MEAN=squares.shape[0] if mean_with else 0,
         ACTIVATION=GATED_SILU if up is not None else SQUARED_RELU if squared_relu else NO_ACTIVATION,
-        RESIDUAL=residual is not None, BN=BN, BK=COLUMNS, num_warps=BN, **overlap(x.device),
+        RESIDUAL=residual is not None, BN=BN, BK=COLUMNS, num_warps=BN, **options,
     )  # fmt: skip
 
 
@@ -223,12 +233,13 @@ def prepare(
 
 @triton.jit
 def _scan_rows(
-    block, row, x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, E, x_row, gate_row, rank,
-    eps, N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PROJECT: tl.constexpr,
-    PDL: tl.constexpr,
+    block, row, x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state,
+    conv_weight, conv_bias, conv_state, E: tl.constexpr, x_row, gate_row, eps,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, KC: tl.constexpr,
+    ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """-> y of channels block BE .. of one row, float32; what earlier kernels of the step do not write is loaded before
-    the wait"""
+    the wait. In a batch of ONE it also projects dt, and u comes as the convolution's input, whose state moves on."""
     e, n = block * BE + tl.arange(0, BE), tl.arange(0, NP)
     real_e, real_n = e < E, n < N
     real = real_e[:, None] & real_n[None, :]
@@ -238,19 +249,29 @@ def _scan_rows(
     h = tl.load(state + row * E * N + at, mask=real, other=0.0)
     bias = tl.load(dt_bias + e, mask=real_e, other=0.0).to(tl.float32)
     skip = tl.load(D + e, mask=real_e, other=0.0).to(tl.float32)
-    if PROJECT:
-        r = tl.arange(0, RANK)
-        w = tl.load(dt_weight + e[:, None] * rank + r[None, :], mask=real_e[:, None] & (r < rank)[None, :], other=0.0)
+    if ONE:
+        r = tl.arange(0, BR)
+        w = tl.load(dt_weight + e[:, None] * RANK + r[None, :], mask=real_e[:, None] & (r < RANK)[None, :], other=0.0)
+        p, last = _before_new(conv_bias, conv_weight, conv_state, e, E, KC)
     inputs_ready(PDL)
     x += row * x_row
-    v = tl.load(u + row * E + e, mask=real_e, other=0.0).to(tl.float32)
+    v = tl.load(u + row * E + e, mask=real_e, other=0.0)
+    if ONE:
+        # the kernel before this one was the last to look at the state
+        for tap in tl.static_range(KC - 2):
+            tl.store(conv_state + tap * E + e, tl.load(conv_state + (tap + 1) * E + e, mask=real_e), mask=real_e)
+        if KC > 1:
+            tl.store(conv_state + (KC - 2) * E + e, v, mask=real_e)
+        p += v.to(tl.float32) * last
+        v = (p * tl.sigmoid(p)).to(TYPE)
+    v = v.to(tl.float32)
     z = tl.load(gate + row * gate_row + e, mask=real_e, other=0.0).to(tl.float32)
-    b = tl.load(x + rank + n, mask=real_n, other=0.0).to(tl.float32)
-    c = tl.load(x + rank + N + n, mask=real_n, other=0.0).to(tl.float32)
-    if PROJECT:
-        low = tl.load(x + r, mask=r < rank, other=0.0).to(tl.float32)
-        low *= tl.rsqrt(tl.sum(low * low, axis=0) / rank + eps)
-        low = low.to(TYPE).to(tl.float32) * tl.load(dt_norm + r, mask=r < rank, other=0.0).to(tl.float32)
+    b = tl.load(x + RANK + n, mask=real_n, other=0.0).to(tl.float32)
+    c = tl.load(x + RANK + N + n, mask=real_n, other=0.0).to(tl.float32)
+    if ONE:
+        low = tl.load(x + r, mask=r < RANK, other=0.0).to(tl.float32)
+        low *= tl.rsqrt(tl.sum(low * low, axis=0) / RANK + eps)
+        low = low.to(TYPE).to(tl.float32) * tl.load(dt_norm + r, mask=r < RANK, other=0.0).to(tl.float32)
         delta = tl.sum(w.to(tl.float32) * low[None, :], axis=1)
     else:
         delta = tl.load(dt + row * E + e, mask=real_e, other=0.0).to(tl.float32)
@@ -267,18 +288,21 @@ def _scan_rows(
 
 @triton.jit
 def _scan_step_kernel(
-    x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, x_row, gate_row, rank, eps,
-    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PROJECT: tl.constexpr,
+    x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E: tl.constexpr, x_row, gate_row, eps,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     row, e = tl.program_id(1).to(tl.int64), tl.program_id(0) * BE + tl.arange(0, BE)
     out = _scan_rows(tl.program_id(0), row, x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state,
-                     E, x_row, gate_row, rank, eps, N, NP, RANK, BE, PROJECT, False)  # fmt: skip
+                     u, u, u, E, x_row, gate_row, eps, N, NP, RANK, BR, BE, 1, False, False)  # fmt: skip
     tl.store(y + row * E + e, out.to(y.dtype.element_ty), mask=e < E)
 
 
 def _scan_sizes(state: Tensor, rank: int, BE: int) -> dict[str, int]:
+    # constants: the compiler then knows where rows of weights begin, and takes half the registers
     N = state.shape[2]
-    return {"N": N, "NP": triton.next_power_of_2(N), "RANK": triton.next_power_of_2(rank), "BE": BE}
+    return {
+        "N": N, "NP": triton.next_power_of_2(N), "RANK": rank, "BR": triton.next_power_of_2(rank), "BE": BE
+    }  # fmt: skip
 
 
 def scan_step(
@@ -290,43 +314,155 @@ def scan_step(
     (B, E, _), rank, BE = state.shape, dt_weight.shape[1], 64
     _scan_step_kernel[(triton.cdiv(E, BE), B)](
         x, u, dt, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y,
-        E, x.stride(0), gate.stride(0), rank, eps, **_scan_sizes(state, rank, BE), PROJECT=False, num_warps=4,
+        E, x.stride(0), gate.stride(0), eps, **_scan_sizes(state, rank, BE), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _attend_and_project_kernel(
-    x, w, y, rows, pieces, groups, q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+def _keys(k, v, positions, s, end, q_at, window, n_meta, k_step, v_step, DK: tl.constexpr, DV: tl.constexpr,
+          BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """Keys s of one place, which stand before the query -> which are seen, (BK, BN), (BN, BV)"""
+    i, j = tl.arange(0, BK), tl.arange(0, BV)
+    at = tl.load(positions + s, mask=s < end, other=2147483647)
+    see = (at < q_at) & ((q_at - at <= window) | (at < n_meta))
+    k_tile = tl.load(k + i[:, None] + s[None, :] * k_step, mask=see[None, :] & (i < DK)[:, None], other=0.0)
+    v_tile = tl.load(v + s[:, None] * v_step + j[None, :], mask=see[:, None] & (j < DV)[None, :], other=0.0)
+    return see, k_tile, v_tile
+
+
+@triton.jit
+def _attend_new_token(
+    number, pieces, group, proj, lengths, cos, sin, q_norm, k_norm, qk_eps,
+    q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
     S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
-    q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
-    k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
+    k0_head, k0_step, v0_head, v0_step, k1_head, k1_step, v1_head, v1_step, H: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, MAKES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`decode.attend_piece` for queries as the input projection leaves them, in a batch of one.
+
+    Stored keys are loaded before the wait. One program of a group adds the new token, which is not there yet, and
+    stores its key and value if this layer makes them.
+    """
+    r, i, j = tl.arange(0, RP), tl.arange(0, BK), tl.arange(0, BV)
+    head = group * R + r
+    second = number >= pieces0
+    k = tl.where(second, k1 + group * k1_head, k0 + group * k0_head)
+    v = tl.where(second, v1 + group * v1_head, v0 + group * v0_head)
+    positions = tl.where(second, positions1, positions0)
+    k_step, v_step = tl.where(second, k1_step, k0_step), tl.where(second, v1_step, v0_step)
+    begin = tl.where(second, (number - pieces0) * piece1, number * piece0)
+    end = tl.where(second, tl.minimum(begin + piece1, S1), tl.minimum(begin + piece0, S0))
+    token, q_at = tl.load(lengths), tl.load(q_positions)
+    half: tl.constexpr = DK // 2
+    other, angle = tl.where(i < half, i + half, i - half), tl.where(i < half, i, i - half)
+    c = tl.load(cos + token * half + angle, mask=i < DK, other=0.0)
+    d = tl.load(sin + token * half + angle, mask=i < DK, other=0.0)
+    see, k_tile, v_tile = _keys(
+        k, v, positions, begin + tl.arange(0, BN), end, q_at, window, n_meta, k_step, v_step, DK, DV, BK, BV
+    )
+    inputs_ready(PDL)
+    TYPE: tl.constexpr = proj.dtype.element_ty
+    real = (r < R)[:, None] & (i < DK)[None, :]
+    mine = tl.load(proj + head[:, None] * DK + i[None, :], mask=real, other=0.0).to(tl.float32)
+    theirs = tl.load(proj + head[:, None] * DK + other[None, :], mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        size = tl.rsqrt(tl.sum(mine * mine, axis=1) / DK + qk_eps)[:, None]
+        mine = (mine * size).to(TYPE).to(tl.float32)
+        mine *= tl.load(q_norm + head[:, None] * DK + i[None, :], mask=real, other=0.0).to(tl.float32)
+        theirs = (theirs * size).to(TYPE).to(tl.float32)
+        theirs *= tl.load(q_norm + head[:, None] * DK + other[None, :], mask=real, other=0.0).to(tl.float32)
+    q_tile = (mine * c[None, :] + tl.where(i < half, -theirs, theirs) * d[None, :]).to(TYPE)
+    acc = tl.zeros((RP, BV), tl.float32)
+    m = tl.full((RP,), float("-inf"), tl.float32)
+    l = tl.zeros((RP,), tl.float32)
+    scale *= LOG2E
+    if number == pieces0 % pieces:
+        slot = token % S1
+        k_slot, v_slot = k1 + group * k1_head + slot * k1_step + i, v1 + group * v1_head + slot * v1_step + j
+        if MAKES:
+            k_new = _head(proj + (H + group) * DK, k_norm + group * DK, cos + token * half, sin + token * half, qk_eps,
+                          DK, BK, NORM, TYPE).to(TYPE)  # fmt: skip
+            v_new = tl.load(proj + (H + G) * DK + group * DV + j, mask=j < DV, other=0.0)
+            tl.store(k_slot, k_new, mask=i < DK)
+            tl.store(v_slot, v_new, mask=j < DV)
+        else:
+            k_new, v_new = tl.load(k_slot, mask=i < DK, other=0.0), tl.load(v_slot, mask=j < DV, other=0.0)
+        m = tl.sum(tl.where(i < DK, q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 0.0), axis=1) * scale
+        l += 1.0
+        acc += v_new.to(tl.float32)[None, :]
+    for first in range(begin, end, BN):
+        acc, m, l = absorb(q_tile, k_tile, v_tile, see, acc, m, l, scale, PRECISION)
+        see, k_tile, v_tile = _keys(
+            k, v, positions, first + BN + tl.arange(0, BN), end, q_at, window, n_meta, k_step, v_step, DK, DV, BK, BV
+        )
+    store_piece(acc, m, l, partial, lse, head * pieces + number, r < R, DV, BV)
+
+
+@triton.jit
+def _before_new(bias, weight, state, e, E: tl.constexpr, KC: tl.constexpr):
+    """What the convolution of channels e has before the new input comes -> sum, weight of the new input"""
+    real = e < E
+    p = tl.load(bias + e, mask=real, other=0.0).to(tl.float32)
+    for tap in tl.static_range(KC - 1):
+        old = tl.load(state + tap * E + e, mask=real, other=0.0).to(tl.float32)
+        p += old * tl.load(weight + e * KC + tap, mask=real, other=0.0).to(tl.float32)
+    return p, tl.load(weight + e * KC + KC - 1, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _project_conv(
+    row, proj, conv_weight, conv_bias, conv_state, w, y, u_at, E: tl.constexpr, KC: tl.constexpr, BE: tl.constexpr,
     PDL: tl.constexpr,
+):  # fmt: skip
+    """Row `row` of w (rows, E) times the convolution's output, which every program takes for itself"""
+    sums, lasts, weights = (), (), ()
+    for e0 in tl.static_range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        p, last = _before_new(conv_bias, conv_weight, conv_state, e, E, KC)
+        sums, lasts = sums + (p,), lasts + (last,)
+        weights = weights + (tl.load(w + row * E + e, mask=e < E, other=0.0),)
+    inputs_ready(PDL)
+    acc = tl.zeros((BE,), tl.float32)
+    for e0 in tl.static_range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        new = tl.load(proj + u_at + e, mask=e < E, other=0.0).to(tl.float32)
+        p = sums[e0 // BE] + new * lasts[e0 // BE]
+        acc += (p * tl.sigmoid(p)).to(proj.dtype.element_ty).to(tl.float32) * weights[e0 // BE].to(tl.float32)
+    tl.store(y + row, tl.sum(acc, axis=0).to(y.dtype.element_ty))
+
+
+@triton.jit
+def _attend_and_project_kernel(
+    proj, conv_weight, conv_bias, conv_state, w, y, u_at, pieces, lengths, cos, sin, q_norm, k_norm, qk_eps,
+    q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+    S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+    k0_head, k0_step, v0_head, v0_step, k1_head, k1_step, v1_head, v1_step, H: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, MAKES: tl.constexpr,
+    E: tl.constexpr, KC: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(PDL)
     job = tl.program_id(0)
-    if job < pieces * groups:
-        inputs_ready(PDL)
-        attend_piece(
-            job % pieces, pieces, job // pieces, (job * 0).to(tl.int64),
-            q, q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
+    if job < pieces * G:
+        _attend_new_token(
+            job % pieces, pieces, job // pieces, proj, lengths, cos, sin, q_norm, k_norm, qk_eps,
+            q_positions, k0, v0, positions0, k1, v1, positions1, partial, lse,
             S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
-            q_row, q_head, k0_row, k0_head, k0_step, v0_row, v0_head, v0_step, p0_row,
-            k1_row, k1_head, k1_step, v1_row, v1_head, v1_step, p1_row, qp_row, H,
-            R, RP, DK, DV, BK, BV, BN, PRECISION,
+            k0_head, k0_step, v0_head, v0_step, k1_head, k1_step, v1_head, v1_step, H, G,
+            R, RP, DK, DV, BK, BV, BN, PRECISION, NORM, MAKES, PDL,
         )  # fmt: skip
     else:
-        _gemv_rows(job - pieces * groups, x, x, x, x, 0, w, w, x, y, rows, 0.0, K, False, 0, 0, False, ROWS, COLUMNS,
-                   PDL)  # fmt: skip
+        _project_conv(job - pieces * G, proj, conv_weight, conv_bias, conv_state, w, y, u_at, E, KC, BE, PDL)
 
 
 @triton.jit
 def _merge_and_scan_kernel(
     partial, lse, attn, pieces, heads, attn_norm, ssm_norm, squares,
-    x, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, rank, eps,
-    DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr,
+    x, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, conv_weight, conv_bias, conv_state, y,
+    E: tl.constexpr, eps, DV: tl.constexpr, BV: tl.constexpr, PP: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, KC: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(PDL)
     job = tl.program_id(0)
@@ -342,7 +478,8 @@ def _merge_and_scan_kernel(
         at = (job - heads) * BE + tl.arange(0, BE)
         weight = tl.load(ssm_norm + at, mask=at < E, other=0.0).to(tl.float32)
         out = _scan_rows(job - heads, (job * 0).to(tl.int64), x, u, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm,
-                         D, gate, state, E, 0, 0, rank, eps, N, NP, RANK, BE, True, PDL)  # fmt: skip
+                         D, gate, state, conv_weight, conv_bias, conv_state, E, 0, 0, eps, N, NP, RANK, BR, BE, KC,
+                         True, PDL)  # fmt: skip
         tl.store(y + at, (out * weight).to(y.dtype.element_ty), mask=at < E)
         tl.store(squares + job, tl.sum(tl.where(at < E, out * out, 0.0), axis=0))
     else:
@@ -351,31 +488,44 @@ def _merge_and_scan_kernel(
 
 
 def branches(
-    q: Tensor, positions: Tensor, sources: Sequence[KeyValue], window: int | None, n_meta: int, scale: float,
-    u: Tensor, x_proj: Tensor, dt_norm: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, B_norm: Tensor,
-    C_norm: Tensor, D: Tensor, gate: Tensor, state: Tensor, eps: float, attn_norm: Tensor, ssm_norm: Tensor,
+    proj: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    qk_eps: float, makes_keys: bool, heads: int, positions: Tensor, sources: Sequence[KeyValue], window: int | None,
+    n_meta: int, scale: float, conv_weight: Tensor, conv_bias: Tensor, conv_state: Tensor, x_proj: Tensor,
+    dt_norm: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, B_norm: Tensor, C_norm: Tensor, D: Tensor,
+    state: Tensor, eps: float, attn_norm: Tensor, ssm_norm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Both branches of a batch of one, side by side in two kernels, from what `prepare` leaves.
+    """Both branches of a batch of one, side by side in two kernels, from what the input projection leaves.
 
-    q: (1, H, 1, dk) and so on as in `decode_attention`; u, gate: (1, E), x_proj: (rank + 2 N, E), state: (1, E, N)
-    float32, is advanced -> attention (1, H dv) and SSM (1, E), times the weights of their norms, and sums of squares
-    without these weights: H of attention, the others of the SSM
+    proj: (1, width), lengths: (1,) int32 tokens before this one, cos, sin: (tokens, dk / 2) float32, positions: (1, 1)
+    and sources as in `decode_attention`, the last one the ring in which the new key and value go if this layer makes
+    them, x_proj: (rank + 2 N, E), conv_state: (1, K - 1, E), state: (1, E, N) float32, both are advanced
+    -> attention (1, H dv) and SSM (1, E), times the weights of their norms, and sums of squares without these weights:
+    H of attention, the others of the SSM
     """
-    cut, (H, G, DV) = plan(q, positions, sources, window, n_meta, scale), (q.shape[1], *sources[0].v.shape[1::2])
-    (rows, E), rank, device = x_proj.shape, dt_weight.shape[1], u.device
-    attn = torch.empty(1, H * DV, dtype=q.dtype, device=device)
-    low, y = (torch.empty(1, n, dtype=u.dtype, device=device) for n in (rows, E))
-    ROWS = 1 if not INTERPRET else 4
-    _attend_and_project_kernel[(cut.pieces * G + triton.cdiv(rows, ROWS),)](
-        u, x_proj, low, rows, cut.pieces, G, *cut.arguments, **cut.sizes, K=E, ROWS=ROWS, COLUMNS=4 * COLUMNS,
-        num_warps=4, **overlap(device),
+    (G, DV), (rows, E), rank, device = sources[0].v.shape[1::2], x_proj.shape, dt_weight.shape[1], proj.device
+    q = proj[:, : heads * cos.shape[1] * 2].view(1, heads, 1, -1)  # as they are: for sizes alone
+    cut = plan(q, positions, sources, window, n_meta, scale)
+    _, _, *stores, S0, S1, piece0, piece1, pieces0, window, n_meta, scale, _, _ = cut.arguments[:20]
+    _, k0_head, k0_step, _, v0_head, v0_step, _, _, k1_head, k1_step, _, v1_head, v1_step, *_ = cut.arguments[20:]
+    attn = torch.empty(1, heads * DV, dtype=proj.dtype, device=device)
+    low, y = (torch.empty(1, n, dtype=proj.dtype, device=device) for n in (rows, E))
+    u = proj[:, proj.shape[1] - 2 * E : proj.shape[1] - E]
+    gate = proj[:, proj.shape[1] - E :]
+    conv = conv_weight, conv_bias, conv_state
+    _attend_and_project_kernel[(cut.pieces * G + rows,)](
+        proj, *conv, x_proj, low, proj.shape[1] - 2 * E, cut.pieces, lengths, cos, sin,
+        proj if q_norm is None else q_norm, proj if k_norm is None else k_norm, qk_eps, positions, *stores,
+        S0, S1, piece0, piece1, pieces0, window, n_meta, scale,
+        k0_head, k0_step, v0_head, v0_step, k1_head, k1_step, v1_head, v1_step, H=heads, G=G,
+        **cut.sizes, NORM=q_norm is not None, MAKES=makes_keys, E=E, KC=conv_weight.shape[1], BE=2 * COLUMNS,
+        num_warps=4, **_at_most(160, proj),
     )  # fmt: skip
     BE = 16
-    squares = torch.empty(triton.next_power_of_2(H + triton.cdiv(E, BE)), dtype=torch.float32, device=device)
+    squares = torch.empty(triton.next_power_of_2(heads + triton.cdiv(E, BE)), dtype=torch.float32, device=device)
     _merge_and_scan_kernel[(squares.shape[0],)](
-        cut.partial, cut.lse, attn, cut.pieces, H, attn_norm, ssm_norm, squares,
-        low, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, y, E, rank, eps,
-        DV=DV, BV=triton.next_power_of_2(DV), PP=triton.next_power_of_2(cut.pieces),
+        cut.partial, cut.lse, attn, cut.pieces, heads, attn_norm, ssm_norm, squares,
+        low, u, dt_norm, dt_weight, dt_bias, A, B_norm, C_norm, D, gate, state, *conv, y, E, eps,
+        DV=DV, BV=triton.next_power_of_2(DV), PP=triton.next_power_of_2(cut.pieces), KC=conv_weight.shape[1],
         **_scan_sizes(state, rank, BE), num_warps=4, **overlap(device),
     )  # fmt: skip
     return attn, y, squares

@@ -1,4 +1,5 @@
-"""The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included.
+"""The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included. The
+scan of bfloat16 is in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
 family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,

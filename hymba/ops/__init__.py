@@ -152,13 +152,17 @@ def gated_silu(gate, up):
     return backend(gate).gated_silu(gate, up)
 
 
+def linear(x, weight):
+    return backend(x).linear(x, weight)
+
+
 def cross_entropy_(logits, targets, ignored):
     return backend(logits).cross_entropy_(logits, targets, ignored)
 
 
 _NAMES = (
     "rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate", "gated_silu",
-    "cross_entropy_",
+    "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

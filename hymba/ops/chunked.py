@@ -20,6 +20,7 @@ from hymba.ops.reference import (
     cross_entropy_,
     float32_inside,
     gated_silu,
+    linear,
     mean_of_norms,
     rms_norm,
     rotate,
@@ -27,8 +28,8 @@ from hymba.ops.reference import (
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
-    "attention", "causal_conv", "cross_entropy_", "gated_silu", "mean_of_norms", "rms_norm", "rotate", "selective_scan",
-    "ssd",
+    "attention", "causal_conv", "cross_entropy_", "gated_silu", "linear", "mean_of_norms", "rms_norm", "rotate",
+    "selective_scan", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

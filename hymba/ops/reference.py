@@ -202,6 +202,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Product with a matrix of any widths. x: (..., in), weight: (out, in) -> (..., out)"""
+    return F.linear(x, weight)
+
+
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) up, for two tensors of one shape and type."""
     return F.silu(gate) * up

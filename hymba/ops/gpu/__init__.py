@@ -9,6 +9,7 @@ elementwise, loss.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.ops import reference
@@ -91,6 +92,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return reference.rotate(x, cos, sin)
     return rotate_forward(x, cos, sin)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows that begin at no multiple of 16 bytes are multiplied by kernels of an older generation: they are padded."""
+    out, piece = weight.shape[0], 16 // x.itemsize
+    across, down = -weight.shape[1] % piece, -out % piece
+    if across or down:
+        weight = F.pad(weight, (0, across, 0, down))
+    return F.linear(F.pad(x, (0, across)) if across else x, weight)[..., :out]
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -114,10 +114,12 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[KeyValue, ...] | None, Tensor | None, Tensor | None]:
         """As `HybridHeads.forward`; None for what heads of one kind do not have. dropout: of both branches' outputs"""
-        y, sources, conv_state, ssm_state = self.heads(self.heads_norm(x), layout, past, shared)
+        normed, x = self.heads_norm.branch(x)
+        y, sources, conv_state, ssm_state = self.heads(normed, layout, past, shared)
         x = x + F.dropout(y, dropout)
         if self.has_mlp:
-            x = x + F.dropout(self.mlp(self.mlp_norm(x)), dropout)
+            normed, x = self.mlp_norm.branch(x)
+            x = x + F.dropout(self.mlp(normed), dropout)
         return x, sources, conv_state, ssm_state
 
 

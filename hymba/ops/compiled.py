@@ -184,6 +184,10 @@ def _mean_grad(ctx, gy):
 _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
 
 
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps), x
+
+
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:
     return _mean_forward(attn, ssm, attn_weight, ssm_weight, eps)
 

@@ -317,6 +317,10 @@ class _Mean(torch.autograd.Function):
         return (*mean_backward(*ctx.saved_tensors, ctx.eps, gy), None)
 
 
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps), x
+
+
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:
     inputs = (attn, ssm, attn_weight, ssm_weight)
     return _Mean.apply(*inputs, eps) if needs_grad(*inputs) else mean_forward(*inputs, eps)

@@ -38,6 +38,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm in front of a branch with a residual beside it. x: (..., D) -> normed x, and x"""
+    return rms_norm(x, weight, eps), x
+
+
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
     """Fusion of the two branches (paper, equation 3, with the learned magnitudes as norm weights).
 

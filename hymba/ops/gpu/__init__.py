@@ -20,7 +20,7 @@ from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
-from hymba.ops.gpu.norm import mean_of_norms_forward, rms_norm_forward
+from hymba.ops.gpu.norm import BranchNorm, mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
 from hymba.visibility import KeyValue
 
@@ -35,6 +35,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.dim() > 1 or torch.compiler.is_compiling():  # one weight for each head: rare and small; or fused
         return reference.rms_norm(x, weight, eps)
     return rms_norm_forward(x, weight, eps)
+
+
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return reference.branch_norm(x, weight, eps)
+    return BranchNorm.apply(x, weight, eps)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:

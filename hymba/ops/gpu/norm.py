@@ -50,7 +50,11 @@ def _backward_tile(x, dout, w, D, eps, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(x, weight, dy, dx, dw, rows, D, x_row, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+def _backward_kernel(
+    x, weight, dy, beside, dx, dw, rows, D, x_row, dy_row, beside_row, eps,
+    BESIDE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """BESIDE: add another gradient of x to dx"""
     d = tl.arange(0, BD)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     share = tl.zeros((BD,), tl.float32)
@@ -61,6 +65,8 @@ def _backward_kernel(x, weight, dy, dx, dw, rows, D, x_row, dy_row, eps, BR: tl.
         dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32)
         dx_tile, part = _backward_tile(x_tile, dout, w, D, eps, x.dtype.element_ty)
         share += part
+        if BESIDE:
+            dx_tile += tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real, other=0.0).to(tl.float32)
         tl.store(dx + r[:, None] * D + d[None, :], dx_tile.to(dx.dtype.element_ty), mask=real)
     tl.store(dw + tl.program_id(0) * D + d, share, mask=d < D)
 
@@ -148,20 +154,25 @@ def rms_norm_like(x, weight, eps):
 
 
 @library_op("rms_norm_backward")
-def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, beside: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of x, with `beside` added, and weight"""
     flat, dflat, tile = _rows(x), _rows(dy), _tile(x.shape[-1])
+    other = dflat if beside is None else _rows(beside)
     rows, D = flat.shape
     programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["BR"]))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        flat, weight.contiguous(), dflat, dx, dw, rows, D, flat.stride(0), dflat.stride(0), eps, **tile
+        flat, weight.contiguous(), dflat, other, dx, dw, rows, D, flat.stride(0), dflat.stride(0), other.stride(0),
+        eps, BESIDE=beside is not None, **tile,
     )  # fmt: skip
     return dx, dw.sum(0).to(weight.dtype)
 
 
 @rms_norm_backward.register_fake
-def _(x, weight, eps, dy):
+def _(x, weight, eps, dy, beside):
     return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, weight))
 
 
@@ -172,10 +183,28 @@ def _rms_setup(ctx, inputs, output):
 
 def _rms_backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    return *torch.ops.hymba_gpu.rms_norm_backward(x, weight, ctx.eps, dy), None
+    return *torch.ops.hymba_gpu.rms_norm_backward(x, weight, ctx.eps, dy, None), None
 
 
 rms_norm_forward.register_autograd(_rms_backward, setup_context=_rms_setup)
+
+
+class BranchNorm(torch.autograd.Function):
+    """As `reference.branch_norm`: one kernel adds the gradients of both outputs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return rms_norm_forward(x, weight, eps), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, beside):
+        if dy is None:
+            return beside, None, None
+        return *rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, beside), None
 
 
 @library_op("mean_of_norms_forward")

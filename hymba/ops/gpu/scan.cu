@@ -28,7 +28,7 @@
 #define CHUNK 16  // steps between kept states
 #define WARPS 4   // of a block, which may be launched with fewer
 #ifndef POLYNOMIAL
-#define POLYNOMIAL 2
+#define POLYNOMIAL 1
 #endif
 
 typedef unsigned int u32;

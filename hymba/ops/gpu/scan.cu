@@ -302,7 +302,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
         loader.input(GATE, gate, row * gate_row, gate_step, tile * 16, E);
         loader.input(B_, B, row * T * 16, 16, 0, 16);
         loader.input(C_, C, row * T * 16, 16, 0, 16);
-        __syncwarp();  // the stages are free
+        copies_wait<0>();  // those beyond the last ticket's end, which must not come after the new ones
+        __syncwarp();      // the stages are free
         for (int k = 0; k < STAGES - 1; k++) {
             loader.load(&stages[warp][k], begin + k * GROUP);
             copies_end();

@@ -5,7 +5,14 @@ twice the error. The interpreter runs every program in turn, so sizes are small:
 tiles and groups. It needs the package `triton`, which PyTorch brings along on machines with a GPU only.
 """
 
+import ctypes
 import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +27,7 @@ import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
 from hymba.ops import gpu, reference  # noqa: E402
-from hymba.ops.gpu import decode, flex, step  # noqa: E402
+from hymba.ops.gpu import cuda, decode, flex, scan_cuda, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -102,6 +109,64 @@ def test_scan_is_repeatable():
         assert torch.equal(a, b)
 
 
+@cache
+def emulated(name: str, macros: tuple) -> ctypes.CDLL:
+    """A kernel of scan.cu as a function for the CPU."""
+    source = "\n".join(
+        (
+            f'#include "{Path(__file__).with_name("emulate_cuda.h")}"',
+            f'#include "{scan_cuda.SOURCE}"',
+            f'extern "C" void launch(void** arguments, int threads) {{ run({name}, arguments, threads); }}',
+        )
+    )
+    with TemporaryDirectory() as folder:
+        library = str(Path(folder) / "kernel.so")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *(f"-D{k}={v}" for k, v in macros)]
+        subprocess.run([*command, "-x", "c++", "-", "-o", library], input=source.encode(), check=True)
+        return ctypes.CDLL(library)
+
+
+@pytest.fixture
+def cuda_on_cpu(monkeypatch):
+    """scan.cu without a GPU, in short segments of time."""
+
+    def launch(file, name, macros, blocks, threads, shared, arguments):
+        values = [
+            ctypes.c_uint32(x) if isinstance(x, int) else ctypes.c_void_p(0 if x is None else x.data_ptr())
+            for x in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        emulated(name, tuple(sorted(macros.items()))).launch(pointers, threads)
+
+    def fits(u, dt, gate, A, keep):
+        return u.dtype == torch.bfloat16 or not keep
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(scan_cuda, "fits", fits)
+    monkeypatch.setattr(scan_cuda, "SPAN", 32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+
+
+@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+@pytest.mark.parametrize(
+    ("B", "T", "E", "options"),
+    [
+        (1, 1, 16, {}),
+        (2, 19, 40, {}),
+        (1, 70, 200, {}),  # several segments of time, blocks of warps with and without channels
+        (3, 77, 72, {"documents": True, "padded": True, "shared": False}),
+    ],
+)
+def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
+    torch.manual_seed(0)
+    inputs = scan_inputs(B, T, E, 16, **options)
+    expected = run(reference.selective_scan, inputs, torch.float32)
+    with torch.no_grad():
+        for a, b in zip(gpu.selective_scan(*inputs), expected, strict=False):
+            assert_near(a, b, FP32, "float32")
+    assert_as_reference("selective_scan", inputs, [torch.bfloat16])
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_conv(documents):
     torch.manual_seed(0)
@@ -113,6 +178,7 @@ def test_norms():
     torch.manual_seed(0)
     x, y, v, w = randn(2, 7, 33), randn(2, 7, 33), randn(33), randn(33)
     assert_as_reference("rms_norm", [x, v, 1e-6])
+    assert_as_reference("branch_norm", [x, v, 1e-6])
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
 
@@ -212,7 +278,7 @@ def test_blocks_of_attention(case, window):
 def test_attention_of_narrow_heads(dk, monkeypatch):
     """The compiled kernel takes no heads below 16, so they are padded."""
     if not ON_GPU:  # the compiler has no kernel for what is to be differentiated on a CPU
-        monkeypatch.setattr(flex, "_compiled", lambda dynamic: flex.flex_attention)
+        monkeypatch.setattr(flex, "_compiled", lambda dynamic: flex._joined_heads)
     monkeypatch.setattr(flex, "FEW", 0)
     torch.manual_seed(0)
     B, G, T, M, at = 2, 2, 40, 5, torch.arange(45)[None]

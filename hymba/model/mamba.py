@@ -7,7 +7,6 @@ Mamba-2: S heads of P = E / S channels, C = E + 2 N channels of the convolution
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba import ops
@@ -63,8 +62,10 @@ class Mamba(nn.Module):
         """
         after = conv_tail(conv_state, u, layout.lengths)
         u = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
-        dt, B, C = self.x_proj(u).split(self.widths, dim=-1)
-        dt = F.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
+        plain = type(self.x_proj) is nn.Linear  # neither quantised nor adapted
+        low = ops.linear(u, self.x_proj.weight) if plain else self.x_proj(u)
+        dt, B, C = low.split(self.widths, dim=-1)
+        dt = ops.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
         A = -torch.exp(self.A_log.float())
         B, C = self.B_norm(B), self.C_norm(C)
         y, ssm_state = ops.selective_scan(

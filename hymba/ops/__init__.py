@@ -124,6 +124,10 @@ def rms_norm(x, weight, eps):
     return backend(x).rms_norm(x, weight, eps)
 
 
+def branch_norm(x, weight, eps):
+    return backend(x).branch_norm(x, weight, eps)
+
+
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):
     return backend(attn).mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps)
 
@@ -152,13 +156,17 @@ def gated_silu(gate, up):
     return backend(gate).gated_silu(gate, up)
 
 
+def linear(x, weight):
+    return backend(x).linear(x, weight)
+
+
 def cross_entropy_(logits, targets, ignored):
     return backend(logits).cross_entropy_(logits, targets, ignored)
 
 
 _NAMES = (
-    "rms_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate", "gated_silu",
-    "cross_entropy_",
+    "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate",
+    "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

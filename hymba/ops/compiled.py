@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hymba.ops import native
-from hymba.ops.reference import cross_entropy_, gated_silu, rotate  # noqa: F401  (the compiler fuses them)
+from hymba.ops.reference import cross_entropy_, gated_silu, linear, rotate  # noqa: F401  (the compiler fuses them)
 from hymba.visibility import KeyValue
 
 
@@ -182,6 +182,10 @@ def _mean_grad(ctx, gy):
 
 
 _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
+
+
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps), x
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hymba.errors import UserError
 from hymba.ops import reference
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
-from hymba.ops.reference import gated_silu, rotate  # noqa: F401  in decoding they are part of other kernels
+from hymba.ops.reference import gated_silu, linear, rotate  # noqa: F401  in decoding they are part of other kernels
 from hymba.visibility import KeyValue
 
 MAX_SOURCES = 16  # kMaxSources in csrc/attention.cpp
@@ -315,6 +315,10 @@ class _Mean(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
         return (*mean_backward(*ctx.saved_tensors, ctx.eps, gy), None)
+
+
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps), x
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

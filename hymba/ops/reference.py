@@ -38,6 +38,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm in front of a branch with a residual beside it. x: (..., D) -> normed x, and x"""
+    return rms_norm(x, weight, eps), x
+
+
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
     """Fusion of the two branches (paper, equation 3, with the learned magnitudes as norm weights).
 
@@ -200,6 +205,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half form of RoPE. x: (B, heads, T, dk), cos, sin: (B or 1, 1, T, dk), equal in both halves -> as x"""
     left, right = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Product with a matrix of any widths. x: (..., in), weight: (out, in) -> (..., out)"""
+    return F.linear(x, weight)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included.
+"""The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included. The
+scan of bfloat16 is in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
 family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,
@@ -8,6 +9,7 @@ elementwise, loss.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hymba.ops import reference
@@ -18,7 +20,7 @@ from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
-from hymba.ops.gpu.norm import mean_of_norms_forward, rms_norm_forward
+from hymba.ops.gpu.norm import BranchNorm, mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
 from hymba.visibility import KeyValue
 
@@ -33,6 +35,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.dim() > 1 or torch.compiler.is_compiling():  # one weight for each head: rare and small; or fused
         return reference.rms_norm(x, weight, eps)
     return rms_norm_forward(x, weight, eps)
+
+
+def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return reference.branch_norm(x, weight, eps)
+    return BranchNorm.apply(x, weight, eps)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
@@ -90,6 +98,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return reference.rotate(x, cos, sin)
     return rotate_forward(x, cos, sin)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows that begin at no multiple of 16 bytes are multiplied by kernels of an older generation: they are padded."""
+    out, piece = weight.shape[0], 16 // x.itemsize
+    across, down = -weight.shape[1] % piece, -out % piece
+    if across or down:
+        weight = F.pad(weight, (0, across, 0, down))
+    return F.linear(F.pad(x, (0, across)) if across else x, weight)[..., :out]
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

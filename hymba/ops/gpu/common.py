@@ -38,6 +38,16 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def strides(*tensors: Tensor) -> list[int]:
+    """Of rows and steps of each (B, T, ..)."""
+    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
+
+
+def state_row(state: Tensor) -> int:
+    """Distance of the states of rows, 0 if they share one."""
+    return 0 if state.shape[0] == 1 else state.stride(0)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -25,7 +25,11 @@ LEAST = 16  # width of a head that the compiled kernel takes
 BLOCK = 128  # queries and keys in a block
 NO_WINDOW = 2**30
 # tiles for heads of 64 and 128 on an H100, where the compiler's own choice takes twice the time forward
-HOPPER = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
+HOPPER = {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4,
+    "bwd_num_stages": 2,
+}  # fmt: skip
 EVERYBODY = -1  # the document of keys that every document sees
 # pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
 FEW = 2**20
@@ -57,17 +61,22 @@ def attention(
     dv = v.shape[3]
     q, k, v = (x if x.shape[3] >= LEAST else F.pad(x, (0, LEAST - x.shape[3])) for x in (q, k, v))
     # training has one shape, prompts have any
-    flex = flex_attention if compiling else _compiled(dynamic=not needs_grad(q, k, v))
+    flex = _joined_heads if compiling else _compiled(dynamic=not needs_grad(q, k, v))
     options = None
     if not compiling and T >= BLOCK and q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9:
         options = HOPPER
-    y = flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != H, kernel_options=options)
+    return flex(q, k, v, mask, scale, k.shape[1] != H, options, dv)
+
+
+def _joined_heads(q, k, v, mask, scale, grouped, options, dv):
+    """-> (B, T, H dv). Part of what is compiled: a gradient that comes in this layout is not copied to another then."""
+    y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return y[..., :dv].transpose(1, 2).flatten(2)
 
 
 @lru_cache
 def _compiled(dynamic: bool):
-    return torch.compile(flex_attention, dynamic=dynamic)
+    return torch.compile(_joined_heads, dynamic=dynamic)
 
 
 @lru_cache(maxsize=8)  # tensors are keys by identity; nobody writes to a call's positions

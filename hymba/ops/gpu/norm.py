@@ -20,6 +20,7 @@ from hymba.ops.gpu.common import library_op
 
 ELEMENTS = 4096  # in a tile, at least
 BACKWARD_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
+MEAN_PROGRAMS = 264  # two: one is there at a time, with registers for two long rows and what comes next
 
 
 @triton.jit
@@ -49,7 +50,11 @@ def _backward_tile(x, dout, w, D, eps, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(x, weight, dy, dx, dw, rows, D, x_row, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+def _backward_kernel(
+    x, weight, dy, beside, dx, dw, rows, D, x_row, dy_row, beside_row, eps,
+    BESIDE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """BESIDE: add another gradient of x to dx"""
     d = tl.arange(0, BD)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     share = tl.zeros((BD,), tl.float32)
@@ -60,6 +65,8 @@ def _backward_kernel(x, weight, dy, dx, dw, rows, D, x_row, dy_row, eps, BR: tl.
         dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32)
         dx_tile, part = _backward_tile(x_tile, dout, w, D, eps, x.dtype.element_ty)
         share += part
+        if BESIDE:
+            dx_tile += tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real, other=0.0).to(tl.float32)
         tl.store(dx + r[:, None] * D + d[None, :], dx_tile.to(dx.dtype.element_ty), mask=real)
     tl.store(dw + tl.program_id(0) * D + d, share, mask=d < D)
 
@@ -77,26 +84,45 @@ def _mean_forward_kernel(a, b, a_weight, b_weight, y, rows, D, eps, BR: tl.const
 
 
 @triton.jit
+def _add_each(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
 def _mean_backward_kernel(
     a, b, a_weight, b_weight, dy, da, db, dwa, dwb, rows, D, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr
 ):
+    """The next rows come while these are worked on, and all sums over a row are taken at once: rows are long, so few
+    fit on a multiprocessor, and each would wait for memory and for every sum in turn."""
     d = tl.arange(0, BD)
     wa = tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)
     wb = tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)
     share_a, share_b = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
-    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
-        r = (first + tl.arange(0, BR)).to(tl.int64)
-        real = (r < rows)[:, None] & (d < D)[None, :]
+    step = tl.num_programs(0) * BR
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    next_dy = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0)
+    next_a = tl.load(a + r[:, None] * D + d[None, :], mask=real, other=0.0)
+    next_b = tl.load(b + r[:, None] * D + d[None, :], mask=real, other=0.0)
+    for _ in tl.range(tl.program_id(0) * BR, rows, step, num_stages=1):
+        dout, xa, xb = next_dy.to(tl.float32) * 0.5, next_a.to(tl.float32), next_b.to(tl.float32)
         at = r[:, None] * D + d[None, :]
-        dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32) * 0.5
-        x = tl.load(a + at, mask=real, other=0.0).to(tl.float32)
-        dx, part = _backward_tile(x, dout, wa, D, eps, a.dtype.element_ty)
-        share_a += part
-        tl.store(da + at, dx.to(da.dtype.element_ty), mask=real)
-        x = tl.load(b + at, mask=real, other=0.0).to(tl.float32)
-        dx, part = _backward_tile(x, dout, wb, D, eps, b.dtype.element_ty)
-        share_b += part
-        tl.store(db + at, dx.to(db.dtype.element_ty), mask=real)
+        here = real
+        r += step
+        real = (r < rows)[:, None] & (d < D)[None, :]
+        next_dy = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0)
+        next_a = tl.load(a + r[:, None] * D + d[None, :], mask=real, other=0.0)
+        next_b = tl.load(b + r[:, None] * D + d[None, :], mask=real, other=0.0)
+        ga, gb = dout * wa[None, :], dout * wb[None, :]
+        aa, ag, bb, bg = tl.reduce((xa * xa, xa * ga, xb * xb, xb * gb), 1, _add_each)
+        sa, sb = tl.rsqrt(aa / D + eps), tl.rsqrt(bb / D + eps)
+        na, nb = xa * sa[:, None], xb * sb[:, None]
+        dxa = sa[:, None] * (ga - na * (ag * sa / D)[:, None])
+        dxb = sb[:, None] * (gb - nb * (bg * sb / D)[:, None])
+        share_a += tl.sum(dout * na.to(a.dtype.element_ty).to(tl.float32), axis=0)
+        share_b += tl.sum(dout * nb.to(b.dtype.element_ty).to(tl.float32), axis=0)
+        tl.store(da + at, dxa.to(da.dtype.element_ty), mask=here)
+        tl.store(db + at, dxb.to(db.dtype.element_ty), mask=here)
     tl.store(dwa + tl.program_id(0) * D + d, share_a, mask=d < D)
     tl.store(dwb + tl.program_id(0) * D + d, share_b, mask=d < D)
 
@@ -128,20 +154,25 @@ def rms_norm_like(x, weight, eps):
 
 
 @library_op("rms_norm_backward")
-def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, beside: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of x, with `beside` added, and weight"""
     flat, dflat, tile = _rows(x), _rows(dy), _tile(x.shape[-1])
+    other = dflat if beside is None else _rows(beside)
     rows, D = flat.shape
     programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["BR"]))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        flat, weight.contiguous(), dflat, dx, dw, rows, D, flat.stride(0), dflat.stride(0), eps, **tile
+        flat, weight.contiguous(), dflat, other, dx, dw, rows, D, flat.stride(0), dflat.stride(0), other.stride(0),
+        eps, BESIDE=beside is not None, **tile,
     )  # fmt: skip
     return dx, dw.sum(0).to(weight.dtype)
 
 
 @rms_norm_backward.register_fake
-def _(x, weight, eps, dy):
+def _(x, weight, eps, dy, beside):
     return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, weight))
 
 
@@ -152,10 +183,28 @@ def _rms_setup(ctx, inputs, output):
 
 def _rms_backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    return *torch.ops.hymba_gpu.rms_norm_backward(x, weight, ctx.eps, dy), None
+    return *torch.ops.hymba_gpu.rms_norm_backward(x, weight, ctx.eps, dy, None), None
 
 
 rms_norm_forward.register_autograd(_rms_backward, setup_context=_rms_setup)
+
+
+class BranchNorm(torch.autograd.Function):
+    """As `reference.branch_norm`: one kernel adds the gradients of both outputs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return rms_norm_forward(x, weight, eps), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, beside):
+        if dy is None:
+            return beside, None, None
+        return *rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, beside), None
 
 
 @library_op("mean_of_norms_forward")
@@ -185,7 +234,8 @@ def mean_of_norms_backward(
     da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
     a, b, dflat, tile = _rows(a).contiguous(), _rows(b).contiguous(), _rows(dy), _tile(a.shape[-1])
     rows, D = a.shape
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["BR"]))
+    programs = min(MEAN_PROGRAMS, triton.cdiv(rows, tile["BR"]))
+    tile["num_warps"] *= 2
     dwa, dwb = (torch.empty(programs, D, dtype=torch.float32, device=a.device) for _ in range(2))
     _mean_backward_kernel[(programs,)](
         a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dwa, dwb, rows, D, dflat.stride(0), eps,

@@ -1,4 +1,5 @@
-"""Selective scan, forward and backward (Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2), as Triton kernels.
+"""Selective scan, forward and backward (Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2), as Triton kernels; models
+in bfloat16 with 16 states take those of `scan.cu`.
 
 Math (one channel e, one state n; `starts` and `lengths` as in `reference.selective_scan`):
 
@@ -30,7 +31,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, LOG2E, library_op, rows_contiguous, silu, softplus, softplus_slope
+from hymba.ops.gpu import scan_cuda
+from hymba.ops.gpu.common import (
+    INTERPRET,
+    LOG2E,
+    library_op,
+    rows_contiguous,
+    silu,
+    softplus,
+    softplus_slope,
+    state_row,
+    strides,
+)
 
 # steps in a group forward, and between the kept states; in a group backward, where states of all steps are in registers
 GROUP, BACKWARD_GROUP = 8, 4
@@ -313,16 +325,8 @@ def _join_kernel(
         h = tl.exp2(delta[None, :] * rate) * h + tl.load(ends + at, mask=real, other=0.0)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
-
-
 def _channels_last(x: Tensor) -> Tensor:  # (..., E, N) -> (..., N, E): threads lie along the channels
     return x.transpose(-1, -2).contiguous()
-
-
-def _state_row(state: Tensor) -> int:
-    return 0 if state.shape[0] == 1 else state.stride(0)
 
 
 @library_op("scan_forward")
@@ -330,13 +334,16 @@ def scan_forward(
     u: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor, state: Tensor,
     starts: Tensor | None, lengths: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y (B, T, E), last state (B, E, N), the state before every group of steps (B, T / GROUP, N, E) if `keep`"""
+    """-> y (B, T, E), last state (B, E, N), states that the backward pass begins with, if `keep`"""
+    y, last, kept = scan_forward_like(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep)
+    if scan_cuda.fits(u, dt, gate, A, keep):
+        scan_cuda.forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep, y, last, kept)
+        return y, last, kept
     u, dt, gate = (rows_contiguous(x) for x in (u, dt, gate))
     B, C, A, state = B.float().contiguous(), C.float().contiguous(), _channels_last(A), _channels_last(state)
     (rows, T, E), N = u.shape, A.shape[0]
     groups, blocks = triton.cdiv(T, GROUP), triton.cdiv(E, CHANNELS)
     f32 = {"dtype": torch.float32, "device": u.device}
-    y, _, kept = scan_forward_like(u, dt, dt_bias, A.t(), B, C, D, gate, state, starts, lengths, keep)
     last = torch.empty(rows, N, E, **f32)
     segments = max(1, min(WANTED // (rows * blocks), T // LEAST_SEGMENT))
     steps = triton.cdiv(groups, segments) * GROUP
@@ -348,16 +355,14 @@ def scan_forward(
     def run(output: bool) -> None:
         _forward_kernel[(blocks, rows, segments)](
             u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, initial, y, last, kept, ends, sums,
-            T, E, *_strides(u, dt, gate), _state_row(state), segments, steps, groups, 1, **sizes, GROUP=GROUP,
+            T, E, *strides(u, dt, gate), state_row(state), segments, steps, groups, 1, **sizes, GROUP=GROUP,
             STARTS=starts is not None, LENGTHS=lengths is not None, SEGMENTS=segments > 1, OUTPUT=output,
             KEEP=keep and output, num_warps=1,
         )  # fmt: skip
 
     if segments > 1:
         run(output=False)
-        _join_kernel[(blocks, rows)](
-            A, state, ends, sums, initial, E, _state_row(state), segments, **sizes, num_warps=1
-        )
+        _join_kernel[(blocks, rows)](A, state, ends, sums, initial, E, state_row(state), segments, **sizes, num_warps=1)
     run(output=True)
     return y, last.transpose(1, 2).contiguous(), kept
 
@@ -365,7 +370,9 @@ def scan_forward(
 @scan_forward.register_fake
 def scan_forward_like(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep):
     (rows, T, E), N = u.shape, A.shape[1]
-    kept = (rows, -(-T // GROUP), N, E) if keep else (0,)
+    kept = (0,)
+    if keep:
+        kept = scan_cuda.kept(u, N) if scan_cuda.fits(u, dt, gate, A, keep) else (rows, -(-T // GROUP), N, E)
     f32 = {"dtype": torch.float32, "device": u.device}
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
@@ -380,6 +387,8 @@ def scan_backward(
     starts: Tensor | None, lengths: Tensor | None, kept: Tensor, dy: Tensor, dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> gradients of u, dt, dt_bias, A, B, C, D, gate, state"""
+    if scan_cuda.fits(u, dt, gate, A, keep=True):
+        return scan_cuda.backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy, dlast)
     u, dt, gate, dy = (rows_contiguous(x) for x in (u, dt, gate, dy))
     types = B.dtype, C.dtype
     B, C = B.float().contiguous(), C.float().contiguous()
@@ -395,7 +404,7 @@ def scan_backward(
     _backward_kernel[(blocks, rows)](
         u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast,
         du, ddt, dgate, dBC, dbias, dA, dD, dstate,
-        rows, T, E, *_strides(u, dt, gate), _state_row(state), *_strides(dy), triton.cdiv(T, GROUP), 1,
+        rows, T, E, *strides(u, dt, gate), state_row(state), *strides(dy), triton.cdiv(T, GROUP), 1,
         N=N, NP=max(16, triton.next_power_of_2(N)), EVERY=GROUP, GROUP=BACKWARD_GROUP, BE=CHANNELS,
         STARTS=starts is not None, LENGTHS=lengths is not None, PARTS=3 if u.dtype == torch.float32 else 1,
         num_warps=1,

@@ -1,0 +1,703 @@
+// Selective scan for N = 16 states, forward and backward, in CUDA C++; scan.py has the mathematics and calls this.
+//
+// Compiled when it is first needed (cuda.py), with these macros:
+//     TYPE     of u, dt, gate, B, C, y and their gradients: 0 float32 (forward only), 1 bfloat16
+//     PARAM    of dt_bias and D: 0 float32, 1 as TYPE
+//     STARTS   rows hold documents, KEEP the forward pass leaves the state in front of every chunk
+//
+// Tiling. A warp owns 16 channels of a row, all states of them in registers, as the matrix unit lays out its
+// accumulators: lane 4 g + q has channels 2 g and 2 g + 1 (rows g and g + 8 of a 16 x 8 tile) and states 2 q, 2 q + 1,
+// 8 + 2 q, 9 + 2 q (columns of two tiles). So the outer product B_t (delta_t u_t) is added, and sums over states are
+// taken, by the matrix unit, and a state costs two multiplications and an exponential. Steps go in groups of 8; what
+// is done per channel and step alone, lane (g, q) does for steps 2 q and 2 q + 1 of its two channels. The matrix unit
+// multiplies in TF32 what is added to a state, and in bfloat16 what is summed for an output; for float32 inputs
+// multiply-adds and shuffles take its place.
+//
+// Balance. 8 rows of 3200 channels are 1600 warps, and an H100 has 528 schedulers: one wave is a third too long. So
+// time is cut into segments, and resident warps draw (segment, chain) tickets, all first segments before any second
+// one. The state goes from segment to segment through memory behind a flag. A ticket waits only for one drawn before.
+//
+// Inputs come to shared memory by asynchronous copies of 16 bytes, two groups ahead.
+//
+// The exponential unit takes 8 cycles for a warp, as long as 8 other instructions. POLYNOMIAL of a lane's 8
+// exponentials are computed by multiply-adds instead.
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define GROUP 8
+#define CHUNK 16  // steps between kept states
+#define WARPS 4   // of a block, which may be launched with fewer
+#ifndef POLYNOMIAL
+#define POLYNOMIAL 1
+#endif
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#ifndef EMULATED
+__device__ inline float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ inline float rcp(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ inline float tanh_(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ inline u32 bits(float x) { return __float_as_uint(x); }
+__device__ inline float real(u32 x) { return __uint_as_float(x); }
+// d (16 x 8) += a (16 x 4) b (4 x 8)
+__device__ inline void mma4(float* d, u32 a0, u32 a1, u32 b0) {
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
+}
+// d (16 x 8) = sums over the columns of a (16 x 4)
+__device__ inline void row_sums(float* d, float a0, float a1) {
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(bits(a0)), "r"(bits(a1)), "r"(bits(1.0f)), "f"(0.0f));
+}
+// d (16 x 8) = a (16 x 16) b (16 x 8) in bfloat16
+__device__ inline void mma16(float* d, const u32* a, const u32* b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+__device__ inline u32 bf16_pair(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+// two tiles of an accumulator as the first factor of a product in bfloat16
+__device__ inline void pack(u32* to, const float (*s)[4]) {
+    for (int j = 0; j < 2; j++)
+        for (int c = 0; c < 2; c++) to[2 * j + c] = bf16_pair(s[j][2 * c], s[j][2 * c + 1]);
+}
+// an 8 x 8 matrix of 16-bit numbers, a pair of a row in each lane, transposed
+__device__ inline u32 transposed(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+__device__ inline int read_flag(const int* flag) {
+    int y;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(y) : "l"(flag) : "memory");
+    return y;
+}
+__device__ inline void write_flag(int* flag, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+}
+__device__ inline float4 read_far(const float4* x) { return __ldcg(x); }  // another multiprocessor may have written it
+__device__ inline void pause() {}
+// 16 bytes to shared memory, zeros unless `real`
+__device__ inline void copy16(void* to, const char* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 : : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ inline void copies_end() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int N> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
+#define ALL 0xffffffffu
+#define DYNAMIC_SHARED(name) extern __shared__ float4 name[]
+#endif
+
+#if TYPE == 0
+typedef float element;
+typedef float2 pair;
+#else
+typedef u16 element;
+typedef u32 pair;
+#endif
+#if PARAM
+typedef element parameter;
+#else
+typedef float parameter;
+#endif
+
+__device__ inline float value(float x) { return x; }
+__device__ inline float value(u16 x) { return real((u32)x << 16); }
+__device__ inline float low(float2 x) { return x.x; }
+__device__ inline float high(float2 x) { return x.y; }
+__device__ inline float low(u32 x) { return real(x << 16); }
+__device__ inline float high(u32 x) { return real(x & 0xffff0000u); }
+#if TYPE == 0
+__device__ inline pair packed(float a, float b) { return make_float2(a, b); }
+#else
+__device__ inline pair packed(float a, float b) { return bf16_pair(a, b); }
+#endif
+
+// rounded to what the matrix unit takes, which cuts off the rest
+__device__ inline u32 tf32(float x) { return bits(x) + 0x1000; }
+
+// element `at` of x; 32 bits are enough for what tensors have, and save an instruction
+template <class V, class X> __device__ inline V get(const X* x, u32 at) {
+    return *(const V*)((const char*)x + at * (u32)sizeof(X));
+}
+template <class V, class X> __device__ inline void put(X* x, u32 at, V value) {
+    *(V*)((char*)x + at * (u32)sizeof(X)) = value;
+}
+
+__device__ inline float sigmoid(float x) {
+#if TYPE == 0
+    return rcp(1.0f + ex2(-LOG2E * x));
+#else
+    return 0.5f * tanh_(0.5f * x) + 0.5f;
+#endif
+}
+
+// log(1 + exp(x)), and its derivative
+__device__ inline float softplus(float x, float* slope) {
+    float e = ex2(-LOG2E * fabsf(x));
+    if (slope) *slope = rcp(1.0f + e) * (x < 0.0f ? e : 1.0f);
+#if TYPE == 0
+    // 2 atanh(z): the unit's logarithm has an absolute error, which near 1, where small steps live, is a large relative one
+    float z = e * rcp(2.0f + e), s = z * z;
+    float p = 2.0f / 15;
+    p = p * s + 2.0f / 13;
+    p = p * s + 2.0f / 11;
+    p = p * s + 2.0f / 9;
+    p = p * s + 2.0f / 7;
+    p = p * s + 2.0f / 5;
+    p = p * s + 2.0f / 3;
+    p = p * s + 2.0f;
+    float y = p * z;
+#else
+    float y = (((0.041347f * e - 0.157427f) * e + 0.306301f) * e - 0.496978f) * e + 0.999943f;
+    y *= e;  // log(1 + e) to 6e-5
+#endif
+    return fmaxf(x, 0.0f) + y;
+}
+
+// 2^(delta rate) <= 1 by multiply-adds; the slope at 0 is exact to 4e-4, as 16-bit inputs are
+__device__ inline float power(float delta, float rate) {
+    float x = fmaxf(delta * rate, -126.0f);
+    float shifted = x + 12582912.0f;  // 1.5 2^23: the whole part is in the low bits now
+    float f = x - (shifted - 12582912.0f);
+    float p = (0.055504f * f + 0.242029f) * f + 0.693178f;
+    p = p * f + 1.0f;
+    return real(bits(p) + (bits(shifted) << 23));
+}
+
+// what one lane knows of its two channels and eight states
+struct Lane {
+    int g, q, e;
+    bool real;  // false in lanes beyond the last channel, which work on the last one and write nothing
+    float rate[2][4], bias[2], skip[2];
+
+    __device__ Lane(int lane, int tile, int E, const float* A, const parameter* dt_bias, const parameter* D) {
+        g = lane >> 2, q = lane & 3, e = tile * 16 + 2 * g;
+        real = e < E;
+        e = min(e, E - 2);
+        for (int c = 0; c < 2; c++) bias[c] = value(dt_bias[e + c]), skip[c] = value(D[e + c]);
+        read(rate, A, 0);
+        for (int j = 0; j < 2; j++)
+            for (int k = 0; k < 4; k++) rate[j][k] *= LOG2E;
+    }
+    // of a tensor (.., E, 16) whose channels begin at `base`
+    __device__ void read(float (*h)[4], const float* x, u32 base) const {
+        for (int j = 0; j < 2; j++)
+            for (int c = 0; c < 2; c++) {
+                float2 v = get<float2>(x, base + (e + c) * 16 + 8 * j + 2 * q);
+                h[j][2 * c] = v.x, h[j][2 * c + 1] = v.y;
+            }
+    }
+    __device__ void write(float* x, u32 base, const float (*h)[4]) const {
+        if (!real) return;
+        for (int j = 0; j < 2; j++)
+            for (int c = 0; c < 2; c++)
+                put(x, base + (e + c) * 16 + 8 * j + 2 * q, make_float2(h[j][2 * c], h[j][2 * c + 1]));
+    }
+    // h of one step: decayed by a, which is left there if wanted
+    __device__ void decay(float (*h)[4], float2 delta, float (*a)[4]) const {
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float d = k < 2 ? delta.x : delta.y;
+                float factor = TYPE != 0 && j * 4 + k < POLYNOMIAL ? power(d, rate[j][k]) : ex2(d * rate[j][k]);
+                h[j][k] *= factor;
+                if (a) a[j][k] = factor;
+            }
+    }
+};
+
+// A mask instead of a choice: with a choice before a product of matrices, the compiler may put the product into both of
+// its branches, where lanes of a warp wait for each other for ever.
+__device__ inline u32 only(bool chosen) { return 0u - (u32)chosen; }
+// delta where a step counts, 0 where it does not, whatever stands there
+__device__ inline float kept_if(bool counts, float delta) { return real(bits(delta) & only(counts)); }
+
+// Inputs of a group of steps, of one warp's channels. Even steps come first: lanes then read different banks.
+enum Input { DT, U, GATE, B_, C_, DY };
+template <int INPUTS> struct alignas(16) Stage {
+    element x[INPUTS][GROUP][16];
+
+    static __device__ int slot(int step) { return (step & 1) * 4 + step / 2; }
+    // of step 2 q + half, channels 2 g and 2 g + 1
+    __device__ pair channels(Input which, int half, int q, int g) const { return *(const pair*)&x[which][half * 4 + q][2 * g]; }
+    // of step 2 q + half, state 8 j + g
+    __device__ float state(Input which, int half, int q, int j, int g) const { return value(x[which][half * 4 + q][8 * j + g]); }
+    // of any step, states n and n + 1
+    __device__ pair states(Input which, int step, int n) const { return *(const pair*)&x[which][slot(step)][n]; }
+};
+
+// copies inputs to a stage, 16 bytes a lane
+template <int INPUTS> struct Loader {
+    static const int PIECES = GROUP * 16 * sizeof(element) / 16, COPIES = (INPUTS * PIECES + 31) / 32;
+    const char* from[COPIES];
+    u32 step[COPIES];  // bytes
+    bool real[COPIES];
+    int T, lane;
+
+    __device__ Loader(int lane, int T) : T(T), lane(lane) {}
+    __device__ void input(Input which, const element* x, u32 row_start, u32 x_step, u32 channel, u32 width) {
+        const int PER_ROW = PIECES / GROUP, SIZE = 16 / sizeof(element);
+        for (int k = 0; k < COPIES; k++) {
+            int piece = k * 32 + lane - which * PIECES;
+            if (piece < 0 || piece >= PIECES) continue;
+            u32 at = channel + piece % PER_ROW * SIZE;
+            real[k] = at < width;
+            from[k] = (const char*)(x + row_start + (real[k] ? at : 0));
+            step[k] = x_step * (u32)sizeof(element);
+        }
+    }
+    __device__ void load(Stage<INPUTS>* to, int t0) const {
+        for (int k = 0; k < COPIES; k++) {
+            int piece = k * 32 + lane, within = piece % PIECES, r = within / (PIECES / GROUP);
+            int slot = piece / PIECES * GROUP + Stage<INPUTS>::slot(r);
+            bool inside = t0 + r < T;
+            char* there = (char*)to + slot * 16 * sizeof(element) + within % (PIECES / GROUP) * 16;
+            if (piece < INPUTS * PIECES)
+                copy16(there, from[k] + (unsigned long long)(u32)(inside ? t0 + r : 0) * step[k], inside && real[k]);
+        }
+    }
+};
+
+// which of the group's steps begin a document, bit by bit
+__device__ inline u32 document_starts(const unsigned char* starts, u32 row, int t0, int T, int lane) {
+    bool begins = lane < GROUP && t0 + lane < T && starts[row * T + t0 + lane];
+    return __ballot_sync(ALL, begins);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
+    const element* u, const element* dt, const element* gate, const element* B, const element* C,
+    const parameter* dt_bias, const float* A, const parameter* D, const float* state, const unsigned char* starts,
+    const long long* lengths, element* y, float* last, float* kept, float4* carry, int* tickets, int rows, int T, int E,
+    u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 state_row, int tiles, int span) {
+    const int STAGES = 3;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chains = rows * tiles, segments = (T + span - 1) / span;
+    // of each warp: inputs; delta of the channels of g, and what else a step needs of all its lanes
+    __shared__ Stage<5> stages[WARPS][STAGES];
+#if TYPE == 0
+    __shared__ float4 shared[WARPS][GROUP][8];
+#else
+    __shared__ float2 shared[WARPS][GROUP][8];
+#endif
+    for (;;) {
+        int ticket = lane == 0 ? atomicAdd(tickets, 1) : 0;
+        ticket = __shfl_sync(ALL, ticket, 0);
+        if (ticket >= chains * segments) return;
+        int segment = ticket / chains, chain = ticket % chains, tile = chain % tiles;
+        u32 row = chain / tiles;
+        Lane my(lane, tile, E, A, dt_bias, D);
+        int g = my.g, q = my.q, begin = segment * span, end = min(begin + span, T);
+        int limit = lengths ? (int)min((long long)T, lengths[row]) : T;
+        Loader<5> loader(lane, end);
+        loader.input(DT, dt, row * dt_row, dt_step, tile * 16, E);
+        loader.input(U, u, row * u_row, u_step, tile * 16, E);
+        loader.input(GATE, gate, row * gate_row, gate_step, tile * 16, E);
+        loader.input(B_, B, row * T * 16, 16, 0, 16);
+        loader.input(C_, C, row * T * 16, 16, 0, 16);
+        copies_wait<0>();  // those beyond the last ticket's end, which must not come after the new ones
+        __syncwarp();      // the stages are free
+        for (int k = 0; k < STAGES - 1; k++) {
+            loader.load(&stages[warp][k], begin + k * GROUP);
+            copies_end();
+        }
+        float h[2][4];
+        if (segment == 0) {
+            my.read(h, state, row * state_row);
+        } else {
+            if (lane == 0)
+                while (read_flag(tickets + 1 + chain) < segment) pause();
+            __syncwarp();
+            for (int j = 0; j < 2; j++) {
+                float4 v = read_far(carry + (chain * 2 + j) * 32 + lane);
+                h[j][0] = v.x, h[j][1] = v.y, h[j][2] = v.z, h[j][3] = v.w;
+            }
+        }
+        int number = 0;
+        u32 out_at = (row * T + begin + 2 * q) * E + my.e;
+        for (int t0 = begin; t0 < end; t0 += GROUP, out_at += GROUP * E) {
+            copies_wait<STAGES - 2>();
+            __syncwarp();  // all lanes' copies are there, and all are done with the stage before
+            const Stage<5>& in = stages[warp][number];
+            loader.load(&stages[warp][number == 0 ? STAGES - 1 : number - 1], t0 + (STAGES - 1) * GROUP);
+            copies_end();
+            number = number == STAGES - 1 ? 0 : number + 1;
+#if KEEP
+            if (t0 % CHUNK == 0) my.write(kept, ((row * ((T + CHUNK - 1) / CHUNK) + t0 / CHUNK) * E) * 16, h);
+#endif
+            float x[2][2];
+#if TYPE != 0
+            u32 drive[2][2], b[2][2], c[2];
+#endif
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                pair v = in.channels(DT, half, q, g), w = in.channels(U, half, q, g);
+                x[half][0] = low(w), x[half][1] = high(w);
+                float delta[2] = {low(v), high(v)};
+                bool counts = t0 + 2 * q + half < limit;
+                for (int k = 0; k < 2; k++) delta[k] = kept_if(counts, softplus(delta[k] + my.bias[k], nullptr));
+#if TYPE == 0
+                shared[warp][2 * q + half][g] =
+                    make_float4(delta[0], delta[1], delta[0] * x[half][0], delta[1] * x[half][1]);
+#else
+                shared[warp][2 * q + half][g] = make_float2(delta[0], delta[1]);
+                c[half] = in.states(C_, g, 8 * half + 2 * q);
+                for (int k = 0; k < 2; k++) {
+                    drive[half][k] = tf32(delta[k] * x[half][k]);
+                    b[half][k] = bits(in.state(B_, half, q, k, g));
+                }
+#endif
+            }
+            u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
+            __syncwarp();
+            float out[2][2] = {};  // steps 2 q and 2 q + 1, two channels
+#if TYPE == 0
+            float parts[GROUP][2];
+#endif
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) {
+                if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
+#if TYPE == 0
+                float4 s = shared[warp][i][g];
+                my.decay(h, make_float2(s.x, s.y), nullptr);
+                parts[i][0] = parts[i][1] = 0.0f;
+                for (int j = 0; j < 2; j++) {
+                    float2 b = in.states(B_, i, 8 * j + 2 * q), c = in.states(C_, i, 8 * j + 2 * q);
+                    for (int k = 0; k < 4; k++) {
+                        h[j][k] += (k < 2 ? s.z : s.w) * (k & 1 ? b.y : b.x);
+                        parts[i][k >> 1] += h[j][k] * (k & 1 ? c.y : c.x);
+                    }
+                }
+#else
+                bool mine = q == i / 2;
+                my.decay(h, shared[warp][i][g], nullptr);
+                for (int j = 0; j < 2; j++) mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(mine));
+                // of these channels, with C of every step of the group; that of this one is wanted
+                u32 rounded[4];
+                float d[4];
+                pack(rounded, h);
+                mma16(d, rounded, c);
+                for (int k = 0; k < 2; k++) out[i & 1][k] = mine ? d[2 * k + (i & 1)] : out[i & 1][k];
+#endif
+            }
+#if TYPE == 0
+            // sums over the four lanes of a channel, of which each keeps two steps
+            float left[4][2];
+            for (int i = 0; i < 4; i++)
+                for (int k = 0; k < 2; k++) {
+                    float keep = q & 2 ? parts[4 + i][k] : parts[i][k], give = q & 2 ? parts[i][k] : parts[4 + i][k];
+                    left[i][k] = keep + __shfl_xor_sync(ALL, give, 2);
+                }
+            for (int i = 0; i < 2; i++)
+                for (int k = 0; k < 2; k++) {
+                    float keep = q & 1 ? left[2 + i][k] : left[i][k], give = q & 1 ? left[i][k] : left[2 + i][k];
+                    out[i][k] = keep + __shfl_xor_sync(ALL, give, 1);
+                }
+#endif
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                pair v = in.channels(GATE, half, q, g);
+                float z[2] = {low(v), high(v)}, o[2];
+                for (int k = 0; k < 2; k++) o[k] = (out[half][k] + x[half][k] * my.skip[k]) * (z[k] * sigmoid(z[k]));
+                if (my.real && t0 + 2 * q + half < end) put(y, out_at + half * E, packed(o[0], o[1]));
+            }
+        }
+        if (segment == segments - 1) {
+            my.write(last, row * E * 16, h);
+        } else {
+            for (int j = 0; j < 2; j++)
+                carry[(chain * 2 + j) * 32 + lane] = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
+            __threadfence();
+            __syncwarp();
+            if (lane == 0) write_flag(tickets + 1 + chain, segment + 1);
+        }
+    }
+}
+
+#if TYPE != 0
+struct Shared {
+    Stage<6> stages[WARPS][2][CHUNK / GROUP];  // of this chunk and the next
+    float2 deltas[WARPS][GROUP][8];
+    float4 decays[WARPS][GROUP][2][32], bounds[WARPS][CHUNK / GROUP - 1][2][32];  // the latter: states before a group
+    float parts[2][WARPS][2][GROUP][16];  // of the gradients of B and C
+    int ticket;
+};
+
+// A block is 64 channels of a row, whose parts of the gradients of B and C it adds up, and walks backwards.
+// carry: (chain, 5, threads), what goes from one segment to the one before it
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
+    const element* u, const element* dt, const element* gate, const element* B, const element* C,
+    const parameter* dt_bias, const float* A, const parameter* D, const float* state, const unsigned char* starts,
+    const long long* lengths, const float* kept, const element* dy, const float* dlast, element* du, element* ddt,
+    element* dgate, float* dBC, float* dbias, float* dA, float* dD, float* dstate, float4* carry, int* tickets,
+    int rows, int T, int E, u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 dy_row,
+    u32 dy_step, u32 state_row, int blocks, int span) {
+    const int THREADS = 32 * WARPS;
+    DYNAMIC_SHARED(memory);
+    Shared& shared = *(Shared*)memory;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chains = rows * blocks, segments = (T + span - 1) / span;
+    int buffer = 0;
+    for (;;) {
+        if (threadIdx.x == 0) {
+            int ticket = atomicAdd(tickets, 1);
+            if (ticket < chains * segments && ticket >= chains)
+                while (read_flag(tickets + 1 + ticket % chains) < ticket / chains) pause();
+            shared.ticket = ticket;
+        }
+        __syncthreads();
+        int ticket = shared.ticket;
+        __syncthreads();
+        if (ticket >= chains * segments) return;
+        int turn = ticket / chains, chain = ticket % chains, block = chain % blocks, tile = block * WARPS + warp;
+        u32 row = chain / blocks;
+        int begin = (segments - 1 - turn) * span, end = min(begin + span, T);
+        Lane my(lane, tile, E, A, dt_bias, D);
+        int g = my.g, q = my.q;
+        int limit = lengths ? (int)min((long long)T, lengths[row]) : T;
+        Loader<6> loader(lane, end);
+        loader.input(DT, dt, row * dt_row, dt_step, tile * 16, E);
+        loader.input(U, u, row * u_row, u_step, tile * 16, E);
+        loader.input(GATE, gate, row * gate_row, gate_step, tile * 16, E);
+        loader.input(DY, dy, row * dy_row, dy_step, tile * 16, E);
+        loader.input(B_, B, row * T * 16, 16, 0, 16);
+        loader.input(C_, C, row * T * 16, 16, 0, 16);
+        auto load = [&](int chunk) {
+            for (int k = 0; k < CHUNK / GROUP; k++)
+                loader.load(&shared.stages[warp][chunk / CHUNK & 1][k], chunk + k * GROUP);
+            copies_end();
+        };
+        int last_chunk = (end - 1) / CHUNK * CHUNK;
+        load(last_chunk);
+        float back[2][4], dA_sum[2][4] = {}, dD_sum[2] = {}, dbias_sum[2] = {};
+        float4* left = carry + (u32)chain * 5 * THREADS + threadIdx.x;
+        if (turn == 0) {
+            my.read(back, dlast, row * E * 16);
+            if (!my.real)
+                for (int j = 0; j < 2; j++)
+                    for (int k = 0; k < 4; k++) back[j][k] = 0.0f;
+        } else {
+            for (int j = 0; j < 2; j++) {
+                float4 v = read_far(left + j * THREADS), w = read_far(left + (2 + j) * THREADS);
+                back[j][0] = v.x, back[j][1] = v.y, back[j][2] = v.z, back[j][3] = v.w;
+                dA_sum[j][0] = w.x, dA_sum[j][1] = w.y, dA_sum[j][2] = w.z, dA_sum[j][3] = w.w;
+            }
+            float4 v = read_far(left + 4 * THREADS);
+            dD_sum[0] = v.x, dD_sum[1] = v.y, dbias_sum[0] = v.z, dbias_sum[1] = v.w;
+        }
+        float h[2][4];
+
+        // u, delta and their product in two steps and two channels, deltas for all lanes, and B of these steps
+        float x[2][2], delta[2][2], slope[2][2];
+        u32 drive[2][2], b[2][2];
+        auto prepare = [&](const Stage<6>& in, int t0) {
+            __syncwarp();  // all have read the deltas of the group before
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                pair v = in.channels(DT, half, q, g), w = in.channels(U, half, q, g);
+                x[half][0] = low(w), x[half][1] = high(w);
+                delta[half][0] = low(v), delta[half][1] = high(v);
+                bool counts = t0 + 2 * q + half < limit;
+                for (int k = 0; k < 2; k++) {
+                    delta[half][k] = kept_if(counts, softplus(delta[half][k] + my.bias[k], &slope[half][k]));
+                    slope[half][k] = kept_if(counts, slope[half][k]);
+                    drive[half][k] = tf32(delta[half][k] * x[half][k]);
+                    b[half][k] = bits(in.state(B_, half, q, k, g));
+                }
+                shared.deltas[warp][2 * q + half][g] = make_float2(delta[half][0], delta[half][1]);
+            }
+            __syncwarp();
+        };
+        auto step = [&](int i, float (*a)[4]) {
+            my.decay(h, shared.deltas[warp][i][g], a);
+            for (int j = 0; j < 2; j++) mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
+        };
+
+        for (int chunk = last_chunk; chunk >= begin; chunk -= CHUNK) {
+            my.read(h, kept, ((row * ((T + CHUNK - 1) / CHUNK) + chunk / CHUNK) * E) * 16);
+            copies_wait<0>();
+            __syncwarp();  // all lanes' copies are there, and all are done with the chunk behind
+            if (chunk > begin) load(chunk - CHUNK);
+            const Stage<6>* stages = shared.stages[warp][chunk / CHUNK & 1];
+            int groups = (min(chunk + CHUNK, end) - chunk + GROUP - 1) / GROUP;
+            for (int n = 0; n < groups - 1; n++) {
+                int t0 = chunk + n * GROUP;
+                for (int j = 0; j < 2; j++)
+                    shared.bounds[warp][n][j][lane] = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
+                prepare(stages[n], t0);
+                u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) {
+                    if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
+                    step(i, nullptr);
+                }
+            }
+            for (int n = groups - 1; n >= 0; n--, buffer ^= 1) {
+                int t0 = chunk + n * GROUP;
+                const Stage<6>& in = stages[n];
+                if (n < groups - 1)
+                    for (int j = 0; j < 2; j++) {
+                        float4 v = shared.bounds[warp][n][j][lane];
+                        h[j][0] = v.x, h[j][1] = v.y, h[j][2] = v.z, h[j][3] = v.w;
+                    }
+                prepare(in, t0);
+                u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
+                u32 states[GROUP + 1][4];  // in front of each step, and behind the last
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) {
+                    pack(states[i], h);
+                    if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
+                    float a[2][4];
+                    step(i, a);
+                    for (int j = 0; j < 2; j++)
+                        shared.decays[warp][i][j][lane] = make_float4(a[j][0], a[j][1], a[j][2], a[j][3]);
+                }
+                pack(states[GROUP], h);
+                // dy times the gate's SiLU; B and C as the products need them: by step in q, and by step in g
+                float gradient[2][2];
+                u32 c[2][2], b_of[2], c_of[2], drive_of[2], gradient_of[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    pair v = in.channels(GATE, half, q, g), w = in.channels(DY, half, q, g);
+                    b_of[half] = in.states(B_, g, 8 * half + 2 * q);
+                    c_of[half] = in.states(C_, g, 8 * half + 2 * q);
+                    for (int k = 0; k < 2; k++) {
+                        float z = k ? high(v) : low(v), dout = k ? high(w) : low(w);
+                        gradient[half][k] = dout * z * sigmoid(z);
+                        c[half][k] = bits(in.state(C_, half, q, k, g));
+                    }
+                }
+                for (int k = 0; k < 2; k++) {
+                    drive_of[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
+                    gradient_of[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
+                }
+                // of steps 2 q and 2 q + 1: sums over states of two channels; over channels of states g and g + 8
+                float ungated[2][2] = {}, ddrive[2][2] = {}, ddelta[2][2] = {}, dB[2][2] = {}, dC[2][2] = {};
+#pragma unroll
+                for (int i = GROUP - 1; i >= 0; i--) {
+                    bool mine = q == i / 2;
+                    const int half = i & 1;
+                    auto choose = [&](float (*to)[2], const float* from) {
+                        for (int k = 0; k < 2; k++) to[half][k] = mine ? from[2 * k + half] : to[half][k];
+                    };
+                    auto over_states = [&](float (*to)[2], const u32* s, const u32* with) {
+                        float d[4];
+                        mma16(d, s, with);
+                        choose(to, d);
+                    };
+                    // with: what has channels in q and steps in g
+                    auto over_channels = [&](float (*to)[2], const u32* s, const u32* with) {
+                        u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
+                        float d[4];
+                        mma16(d, m, with);
+                        choose(to, d);
+                    };
+                    over_states(ungated, states[i + 1], c_of);
+                    over_channels(dC, states[i + 1], gradient_of);
+                    for (int j = 0; j < 2; j++)
+                        mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & only(mine));
+                    u32 rounded[4];
+                    pack(rounded, back);
+                    over_states(ddrive, rounded, b_of);
+                    over_channels(dB, rounded, drive_of);
+                    float from[2][4];  // the state that this step began with
+                    for (int j = 0; j < 2; j++)
+                        for (int k = 0; k < 4; k++)
+                            from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
+                    bool begins_here = STARTS && (begins >> i & 1);
+                    if (begins_here) my.read(from, state, row * state_row);
+                    float2 step_delta = shared.deltas[warp][i][g];
+                    float sum[2] = {}, d[4];
+                    for (int j = 0; j < 2; j++) {
+                        float4 v = shared.decays[warp][i][j][lane];
+                        float a[4] = {v.x, v.y, v.z, v.w};
+                        for (int k = 0; k < 4; k++) {
+                            back[j][k] *= a[k];
+                            float dlog = back[j][k] * from[j][k];
+                            dA_sum[j][k] += dlog * (k < 2 ? step_delta.x : step_delta.y);
+                            sum[k >> 1] += dlog * my.rate[j][k];
+                        }
+                    }
+                    row_sums(d, sum[0], sum[1]);
+                    choose(ddelta, d);
+                    if (begins_here) {  // this chain alone adds here, in one order
+                        float sums[2][4];
+                        my.read(sums, dstate, row * E * 16);
+                        for (int j = 0; j < 2; j++)
+                            for (int k = 0; k < 4; k++) sums[j][k] += back[j][k], back[j][k] = 0.0f;
+                        my.write(dstate, row * E * 16, sums);
+                    }
+                }
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int t = t0 + 2 * q + half;
+                    pair v = in.channels(GATE, half, q, g), w = in.channels(DY, half, q, g);
+                    float du_[2], ddt_[2], dz[2];
+                    for (int k = 0; k < 2; k++) {
+                        float z = k ? high(v) : low(v), dout = k ? high(w) : low(w), s = sigmoid(z);
+                        float whole = ungated[half][k] + x[half][k] * my.skip[k];
+                        dz[k] = dout * whole * s * (1.0f + z * (1.0f - s));
+                        du_[k] = delta[half][k] * ddrive[half][k] + gradient[half][k] * my.skip[k];
+                        ddt_[k] = (ddelta[half][k] * LN2 + ddrive[half][k] * x[half][k]) * slope[half][k];
+                        dD_sum[k] += gradient[half][k] * x[half][k];
+                        dbias_sum[k] += ddt_[k];
+                    }
+                    if (my.real && t < T) {
+                        u32 at = (row * T + t) * E + my.e;
+                        put(du, at, packed(du_[0], du_[1]));
+                        put(ddt, at, packed(ddt_[0], ddt_[1]));
+                        put(dgate, at, packed(dz[0], dz[1]));
+                    }
+                    for (int k = 0; k < 2; k++) {
+                        shared.parts[buffer][warp][0][2 * q + half][g + 8 * k] = dB[half][k];
+                        shared.parts[buffer][warp][1][2 * q + half][g + 8 * k] = dC[half][k];
+                    }
+                }
+                __syncthreads();  // one is enough: the next group writes the other half of `parts`
+                int which = threadIdx.x / 64, r = threadIdx.x / 8 % 8, state_pair = threadIdx.x % 8 * 2;
+                float2 total = make_float2(0.0f, 0.0f);
+                for (int w = 0; w < WARPS; w++) {
+                    float2 v = *(const float2*)&shared.parts[buffer][w][which][r][state_pair];
+                    total.x += v.x, total.y += v.y;
+                }
+                if (t0 + r < T)
+                    put(dBC, (((u32)block * 2 + which) * rows * T + row * T + t0 + r) * 16 + state_pair, total);
+            }
+        }
+        if (turn == segments - 1) {
+            if (STARTS) {
+                float sums[2][4];
+                my.read(sums, dstate, row * E * 16);
+                for (int j = 0; j < 2; j++)
+                    for (int k = 0; k < 4; k++) back[j][k] += sums[j][k];
+            }
+            my.write(dstate, row * E * 16, back);
+            my.write(dA, row * E * 16, dA_sum);
+            for (int k = 0; k < 2; k++)
+                for (int far = 1; far < 4; far *= 2) {
+                    dD_sum[k] += __shfl_xor_sync(ALL, dD_sum[k], far);
+                    dbias_sum[k] += __shfl_xor_sync(ALL, dbias_sum[k], far);
+                }
+            if (my.real && q == 0) {
+                put(dD, row * E + my.e, make_float2(dD_sum[0], dD_sum[1]));
+                put(dbias, row * E + my.e, make_float2(dbias_sum[0], dbias_sum[1]));
+            }
+        } else {
+            for (int j = 0; j < 2; j++) {
+                left[j * THREADS] = make_float4(back[j][0], back[j][1], back[j][2], back[j][3]);
+                left[(2 + j) * THREADS] = make_float4(dA_sum[j][0], dA_sum[j][1], dA_sum[j][2], dA_sum[j][3]);
+            }
+            left[4 * THREADS] = make_float4(dD_sum[0], dD_sum[1], dbias_sum[0], dbias_sum[1]);
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) write_flag(tickets + 1 + chain, turn + 1);
+        }
+    }
+}
+#endif

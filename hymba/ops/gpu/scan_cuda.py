@@ -1,0 +1,128 @@
+"""Calls the selective scan's kernels in CUDA C++ (scan.cu); `scan.py` has the mathematics, and kernels for the rest.
+
+They take 16 states and bfloat16, or float32 if no gradients are wanted. u, dt and gate may be views whose rows are any
+multiple of 16 bytes apart. float32: delta, decays, states; y and gradients are sums of products in bfloat16.
+"""
+
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from hymba.ops.gpu import cuda
+from hymba.ops.gpu.common import INTERPRET, state_row, strides
+
+SOURCE = Path(__file__).with_name("scan.cu")
+CHUNK = 16  # steps between kept states, as in the source
+WARPS, WARP, TILE = 4, 32, 16  # of a block, lanes of a warp, channels of a warp
+BLOCKS = 3  # on a multiprocessor
+SPAN = 128  # steps of a segment
+# bytes of `Shared`, a block's memory: of each warp inputs, deltas, decays, states in front of groups, and parts of the
+# gradients of B and C
+_WARP_BYTES = (2 * 2 * 6 * 8 * 16 * 2, 8 * 8 * 8, 8 * 2 * 32 * 16, 2 * 32 * 16, 2 * 2 * 8 * 16 * 4)
+BACKWARD_SHARED = WARPS * sum(_WARP_BYTES) + 16  # and a ticket
+
+
+def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
+    """Whether the kernels of scan.cu compute this: bfloat16, and float32 without gradients."""
+    E, N = A.shape
+    return (
+        u.is_cuda and not INTERPRET and N == 16 and E % 8 == 0 and u.dtype == dt.dtype == gate.dtype
+        and (u.dtype == torch.bfloat16 or (u.dtype == torch.float32 and not keep))
+        and max(x.shape[i] * x.stride(i) * x.itemsize for x in (u, dt, gate) for i in (0, 1)) < 2**32
+        and u.shape[0] * u.shape[1] * E * 4 < 2**32
+        and torch.cuda.get_device_capability(u.device) >= (8, 0) and cuda.available()
+    )  # fmt: skip
+
+
+def kept(u: Tensor, N: int) -> tuple[int, ...]:
+    """Shape of what the forward pass keeps: the state in front of every chunk of steps."""
+    rows, T, E = u.shape
+    return rows, triton.cdiv(T, CHUNK), E, N
+
+
+def _in_pieces(x: Tensor) -> Tensor:
+    """x with rows of steps that begin at multiples of 16 bytes."""
+    piece = 16 // x.itemsize
+    fits = x.stride(2) == 1 and x.stride(0) % piece == x.stride(1) % piece == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _parameters(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Of one type, which is `dtype` or float32."""
+    return [x.contiguous() if all(y.dtype == dtype for y in tensors) else x.float().contiguous() for x in tensors]
+
+
+def _whole(starts: Tensor | None, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if starts is None else starts.contiguous(), None if lengths is None else lengths.long().contiguous()
+
+
+def _walkers(chains: int, T: int, device: torch.device) -> tuple[int, int]:
+    """Blocks, as many on each multiprocessor, and steps of a segment. Where chains do not fill the card, a block has
+    one of them to itself, from end to end."""
+    card = torch.cuda.get_device_properties(device).multi_processor_count
+    if chains < card:
+        return chains, triton.cdiv(T, CHUNK) * CHUNK
+    return min(BLOCKS, chains // card) * card, SPAN
+
+
+def forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep, y, last, kept):
+    """Writes y (B, T, E), last (B, E, N), and kept, if `keep`."""
+    u, dt, gate = (_in_pieces(x) for x in (u, dt, gate))
+    # under autocast B and C may be float32; the matrix unit takes them as bfloat16
+    B, C = (_in_pieces(x.to(u.dtype).contiguous()) for x in (B, C))
+    A, state = A.contiguous(), state.contiguous()
+    dt_bias, D = _parameters(dt_bias, D, dtype=u.dtype)
+    starts, lengths = _whole(starts, lengths)
+    rows, T, E = u.shape
+    tiles = triton.cdiv(E, TILE)
+    chains = rows * tiles
+    blocks, span = _walkers(triton.cdiv(chains, WARPS), T, u.device)
+    warps = WARPS
+    if span >= T:  # few chains: each on a multiprocessor's quarter of its own
+        blocks, warps = chains, 1
+    carry = torch.empty(chains, 2 * WARP, 4, dtype=torch.float32, device=u.device)
+    tickets = torch.zeros(1 + chains, dtype=torch.int32, device=u.device)
+    cuda.launch(
+        SOURCE, "scan_forward", _macros(u, dt_bias, starts, keep), blocks, warps * WARP, 0,
+        [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, y, last, kept, carry, tickets, rows, T, E,
+         *strides(u, dt, gate), state_row(state), tiles, span],
+    )  # fmt: skip
+
+
+def _macros(u: Tensor, parameter: Tensor, starts: Tensor | None, keep: bool) -> dict[str, int]:
+    half = int(u.dtype == torch.bfloat16)
+    return {"TYPE": half, "PARAM": int(half and parameter.dtype == u.dtype), "STARTS": int(starts is not None),
+            "KEEP": int(keep)}  # fmt: skip
+
+
+def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy, dlast):
+    """-> gradients of u, dt, dt_bias, A, B, C, D, gate, state"""
+    types = [x.dtype for x in (dt_bias, B, C, D)]
+    u, dt, gate, dy = (_in_pieces(x) for x in (u, dt, gate, dy))
+    B, C = (_in_pieces(x.to(u.dtype).contiguous()) for x in (B, C))
+    A, state = A.contiguous(), state.contiguous()
+    dt_bias, D = _parameters(dt_bias, D, dtype=u.dtype)
+    starts, lengths = _whole(starts, lengths)
+    (rows, T, E), N = u.shape, A.shape[1]
+    parts = triton.cdiv(E, TILE * WARPS)
+    chains = rows * parts
+    blocks, span = _walkers(chains, T, u.device)
+    f32 = {"dtype": torch.float32, "device": u.device}
+    du, ddt, dgate = (torch.empty(rows, T, E, dtype=u.dtype, device=u.device) for _ in range(3))
+    dBC = torch.empty(parts, 2, rows, T, N, **f32)
+    dA = torch.empty(rows, E, N, **f32)
+    dstate = torch.empty_like(dA) if starts is None else torch.zeros_like(dA)
+    dD, dbias = (torch.empty(rows, E, **f32) for _ in range(2))
+    carry = torch.empty(chains, 5 * WARPS * WARP, 4, **f32)
+    tickets = torch.zeros(1 + chains, dtype=torch.int32, device=u.device)
+    cuda.launch(
+        SOURCE, "scan_backward", _macros(u, dt_bias, starts, False), blocks, WARPS * WARP, BACKWARD_SHARED,
+        [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast.contiguous(), du, ddt, dgate, dBC,
+         dbias, dA, dD, dstate, carry, tickets, rows, T, E, *strides(u, dt, gate, dy), state_row(state), parts, span],
+    )  # fmt: skip
+    if state.shape[0] != rows:
+        dstate = dstate.sum(0, keepdim=True)
+    dB, dC = (x.to(kind, copy=True) for x, kind in zip(dBC.sum(0), types[1:3], strict=True))
+    return du, ddt, dbias.sum(0).to(types[0]), dA.sum(0), dB, dC, dD.sum(0).to(types[3]), dgate, dstate

@@ -12,13 +12,12 @@ leave in each layer (keys, values, conv and SSM state) is where every row, and e
 the "learned initialisation" of cache and state that the paper describes (section 2.3).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from hymba import ops
@@ -241,8 +240,8 @@ class Hymba(nn.Module):
         if cache is None:
             before = torch.zeros(1, dtype=torch.int64, device=device)
             after = before + T if lengths is None else lengths
-            recording = self.meta_tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-            past = (self._meta_beside if recording else self.meta_states)(M + after)
+            meta = self.meta_states(M + after)
+            past = meta
         else:
             used = int(cache.lengths.max())
             before = cache.lengths.to(device)
@@ -268,9 +267,6 @@ class Hymba(nn.Module):
         lengths: (B or 1,) of the rows with meta tokens, which only matter to rope='dynamic_ntk' -> states of batch 1,
         or of batch B under dynamic_ntk
         """
-        return list(self._meta_layers(lengths))
-
-    def _meta_layers(self, lengths: Tensor) -> Iterator[LayerState]:
         c, like = self.config, self.meta_tokens
         if c.rope != "dynamic_ntk":
             lengths = lengths[:1]
@@ -278,37 +274,15 @@ class Hymba(nn.Module):
         ssm = torch.zeros(1, c.d_inner, c.d_state, device=like.device)
         nothing = [LayerState(conv, ssm, None) if plan.recurs else LayerState(None, None, None) for plan in c.layers]
         if c.n_meta == 0:
-            yield from nothing
-            return
+            return nothing
         positions = torch.arange(c.n_meta, device=like.device)[None]
         layout = Layout(positions, *self.rope(positions, lengths))
-        layers = self._run(like.expand(lengths.shape[0], -1, -1), layout, nothing)
-        next(layers)  # the embeddings
-        for _, state in layers:
-            yield state
-
-    def _meta_beside(self, lengths: Tensor) -> Iterator[LayerState]:
-        """`meta_states` in a CUDA graph that is being recorded, as a branch of its own: kernels for so few tokens leave
-        most of the card free, and run beside the text's, forward and backward."""
-        text, meta = torch.cuda.current_stream(), torch.cuda.Stream()
-        # the branch in which a weight's accumulator is made adds up its gradients: the text's must not
-        # be waited for, layer by layer, in the other one
-        accumulators = [get_gradient_edge(p) for p in self.parameters() if p.requires_grad]
-        meta.wait_stream(text)
-        states = []
-        with torch.cuda.stream(meta):
-            for state in self._meta_layers(lengths):
-                states.append((state, meta.record_event()))
-        for state, ready in states:
-            text.wait_event(ready)
-            for x in (state.conv, state.ssm, *(state.meta or ())):
-                if x is not None:
-                    x.record_stream(text)
-            yield state
-        del accumulators
+        x = like.expand(lengths.shape[0], -1, -1)
+        _, *states = self._run(x, layout, nothing)
+        return [state for _, state in states]
 
     def _run(
-        self, x: Tensor, layout: Layout, past: Iterable[LayerState] | list[CachedLayer], dropout: float = 0.0
+        self, x: Tensor, layout: Layout, past: list[LayerState] | list[CachedLayer], dropout: float = 0.0
     ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
         """All blocks; what is yielded is described in `layer_outputs`."""
         yield x, None

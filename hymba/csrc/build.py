@@ -5,8 +5,8 @@
     CXX=aarch64-linux-gnu-g++ python hymba/csrc/build.py --output arm64/libhymba.so --objects arm64
 
 Needs g++ or clang++ (or $CXX) and nothing else. Kernel files are compiled once for each instruction set of the
-compiler's target, the files in `ONCE` only once; the library chooses among them when it runs, so it is not tied to
-the processor that built it.
+compiler's target, if it knows that one; the files in `ONCE` only once. The library chooses among them when it runs, so
+it is not tied to the processor that built it.
 """
 
 import argparse
@@ -29,13 +29,15 @@ FLAGS = [
 ]
 ONCE = ("threads.cpp",)
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+_AVX512_BF16 = f"{_AVX512} -mavx512bf16 -mavx512vnni"
 # the baseline comes first: should two copies of an inline function ever meet, the linker keeps the one that always runs
 ISAS = {
     "x86_64": {
         "baseline": "",
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": _AVX512,
-        "avx512_bf16": f"{_AVX512} -mavx512bf16 -mavx512vnni",
+        "avx512_bf16": _AVX512_BF16,
+        "amx": f"{_AVX512_BF16} -mamx-tile -mamx-int8 -mamx-bf16",
     },
 }
 
@@ -64,6 +66,8 @@ def build(
     extra = shlex.split(flags)
     jobs = []
     for isa, isa_flags in ISAS.get(machine, {"baseline": ""}).items():
+        if isa_flags and not _accepts([*command, *isa_flags.split()]):
+            continue
         for source in sorted(SOURCE.glob("*.cpp")):
             if source.name not in ONCE:
                 jobs.append((source, objects / f"{source.stem}.{isa}.o", isa_flags.split()))
@@ -90,6 +94,15 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout[-4000:]}")
     return done.stdout
+
+
+def _accepts(command: list[str]) -> bool:
+    """Whether the compiler knows these flags; AMX needs GCC 11 or Clang 12."""
+    try:
+        _run([*command, "-fsyntax-only", "-x", "c++", os.devnull])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _show(warnings: str) -> None:

@@ -133,7 +133,7 @@ int64_t lay_out(const ModelArgs& m, int64_t n_threads, char* base, Buffers& b, P
     bump.take(p.scores, R * kRow);
     bump.take(p.weights, R * kRow);
     bump.take(p.input, input_bytes(max(widest, m.rank), B));
-    bump.take(p.query_input, input_bytes(m.dk, R));
+    bump.take(p.query_input, R * padded(m.dk) * static_cast<int64_t>(sizeof(float)));
     bump.take(p.query_coded, R * padded(m.dk));
     bump.take(p.query_scale, R);
     bump.take(p.weight_scale, R);
@@ -287,8 +287,7 @@ class Step {
       const int64_t head = g * R + r;
       rotate(projected(b, head * dk), l_->q_norm == nullptr ? nullptr : l_->q_norm + head * dk, b, mine_.query + r * dk);
     }
-    const Matrix k{kRounds ? kDenseBFloat16 : kDenseFloat32, 0, dk, nullptr, nullptr};
-    prepare(k, mine_.query, dk, R, mine_.query_input);
+    dot_rows(mine_.query, dk, dk, R, reinterpret_cast<typename Dot<T>::Input*>(mine_.query_input));
     if (a_.cache->stores[l_->producer].k_scale != nullptr)
       code_queries(mine_.query, R, dk, reinterpret_cast<Dot<int8_t>::Input*>(mine_.query_coded), mine_.query_scale);
   }

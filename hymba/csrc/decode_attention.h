@@ -1,6 +1,7 @@
 // Attention of a few query heads over a stretch of keys, for one new token; used by decode.cpp.
 //
-//   scores[r][j] = q[r] . k[j]        lanes along the keys where there is vdpbf16ps and 16 keys are there, else along the head
+//   scores[r][j] = q[r] . k[j]        lanes along the keys where there is vdpbf16ps and 16 keys are there, else along the head;
+//                                     matrix tiles where there are any, and below
 //   online softmax over a block       float32; what was summed up before is scaled when the largest score grows
 //   sums[r] += sum_j p[r][j] v[j]     lanes along the value head, R heads x 64 dimensions in registers
 //
@@ -16,6 +17,7 @@
 #pragma once
 
 #include "matvec.h"
+#include "tiles.h"
 
 namespace hymba {
 namespace HYMBA_ISA {
@@ -157,12 +159,54 @@ void score_sixteens(const T* k, int64_t stride, int64_t n, int64_t dk, const typ
 }
 #endif
 
+#if defined(HYMBA_AMX)
+// Keys as they lie are the first factor of a tile product, 16 keys x 32 dimensions; queries the second, by pairs of
+// dimensions. n: a multiple of 16, dk: of 32, heads: at most 16.
+inline void score_by_tiles(const bf16* k, int64_t stride, int64_t n, int64_t dk, const bf16* q, int64_t heads, float* scores) {
+  constexpr int64_t kDimensions = 256;  // whose queries are arranged at a time
+  alignas(64) int32_t pairs[kDimensions / 2][16] = {};
+  alignas(64) float sums[16 * 16], by_head[16 * 16];
+  Tiles tiles;
+  tiles.use(16, 64);
+  for (int64_t begin = 0; begin < dk; begin += kDimensions) {
+    const int64_t end = min(begin + kDimensions, dk);
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t d = begin; d < end; d += 2) __builtin_memcpy(&pairs[(d - begin) / 2][h], q + h * dk + d, 4);
+    written(pairs);
+    for (int64_t j = 0; j < n; j += 16) {
+      for (int64_t i = 0; i < 16; i++) prefetch_later(k + (j + i) * stride + begin, (end - begin) * sizeof(bf16));
+      _tile_zero(0);
+      for (int64_t d = begin; d < end; d += 32) {
+        _tile_loadd(4, k + j * stride + d, stride * sizeof(bf16));
+        _tile_loadd(5, pairs[(d - begin) / 2], 64);
+        _tile_dpbf16ps(0, 4, 5);
+      }
+      _tile_stored(0, sums, 64);
+      transpose(by_head, 16, sums, 16);
+      for (int64_t h = 0; h < heads; h++) {
+        const vf more = load(by_head + h * 16);
+        store(scores + h * kRow + j, begin > 0 ? load(scores + h * kRow + j) + more : more);
+      }
+    }
+  }
+}
+#endif
+
 template <class T>
 void score(const T* k, int64_t stride, int64_t n, int64_t dk, const typename Dot<T>::Input* q, int64_t heads, float* scores) {
   constexpr int step = Dot<T>::kStep;
+#if defined(HYMBA_AMX)
+  if constexpr (sizeof(T) == 2)
+    if (dk % 32 == 0) {
+      const int64_t whole = n / 16 * 16;
+      for (int64_t r = 0; whole > 0 && r < heads; r += 16)
+        score_by_tiles(k, stride, whole, dk, q + r * dk, min<int64_t>(16, heads - r), scores + r * kRow);
+      k += whole * stride, scores += whole, n -= whole;
+    }
+#endif
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) <= 2)
-    if (dk % 32 == 0) {
+    if (dk % 32 == 0 && n >= 16) {
       const int64_t whole = n / 16 * 16, parts = ceil_div(heads, 5);
       for (int64_t part = 0, r = 0; part < parts; part++) {
         const int64_t count = heads * (part + 1) / parts - r;
@@ -316,9 +360,81 @@ void weigh_heads(const T* v, int64_t n, int64_t stride, const typename Weight<T>
 }
 
 // p_scale: (heads) where the weights are integers
+#if defined(HYMBA_AMX)
+// The weights as they lie are the first factor, heads x 32 keys; values the second, two keys side by side, arranged a turn
+// before they are multiplied (matvec_blocks.h says why). 64 dimensions at a time. dv: a multiple of 64, heads: at most 16.
+inline void weigh_by_tiles(const bf16* v, int64_t n, int64_t stride, const bf16* p, int64_t heads, float* sums,
+                           int64_t sums_row, int64_t dv) {
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kPairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  alignas(64) __m512i pairs[2][4][16];  // (16 dimensions, pair of keys)
+  alignas(64) bf16 rest[16][32];
+  const int64_t row = sums_row * sizeof(float);
+  const auto arrange = [&](int64_t j, int64_t d) __attribute__((always_inline)) {
+    auto* to = pairs[j / 32 % 2];
+    for (int64_t i = 0; i < 16; i++) {
+      const int64_t left = n - j - 2 * i;  // keys from this pair on
+      const bf16 *first = v + (j + 2 * i) * stride + d, *second = first + stride;
+      if (left > 1) prefetch_later(first, 128), prefetch_later(second, 128);
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < 2; c++) {
+        const __m512i x = left > 0 ? _mm512_loadu_si512(first + 32 * c) : _mm512_setzero_si512();
+        const __m512i y = left > 1 ? _mm512_loadu_si512(second + 32 * c) : _mm512_setzero_si512();
+        to[2 * c][i] = _mm512_permutex2var_epi16(x, low, y);
+        to[2 * c + 1][i] = _mm512_permutex2var_epi16(x, high, y);
+      }
+    }
+    written(to);
+  };
+  if (n % 32 > 0) {  // what lies behind the weights may be NaN
+    for (int64_t h = 0; h < heads; h++)
+      _mm512_store_si512(rest[h], _mm512_maskz_loadu_epi16((1u << n % 32) - 1, p + h * kRow + n / 32 * 32));
+    written(rest);
+  }
+  Tiles tiles;
+  tiles.use(static_cast<int>(heads), 64);
+  for (int64_t d = 0; d < dv; d += 64) {
+    _tile_loadd(0, sums + d, row);
+    _tile_loadd(1, sums + d + 16, row);
+    _tile_loadd(2, sums + d + 32, row);
+    _tile_loadd(3, sums + d + 48, row);
+    arrange(0, d);
+    for (int64_t j = 0; j < n; j += 32) {
+      if (j + 32 < n) arrange(j + 32, d);
+      if (j + 32 <= n)
+        _tile_loadd(4, p + j, kRow * sizeof(bf16));
+      else
+        _tile_loadd(4, rest, 64);
+      const auto* values = pairs[j / 32 % 2];
+      _tile_loadd(5, values[0], 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, values[1], 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, values[2], 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, values[3], 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, sums + d, row);
+    _tile_stored(1, sums + d + 16, row);
+    _tile_stored(2, sums + d + 32, row);
+    _tile_stored(3, sums + d + 48, row);
+  }
+}
+#endif
+
 template <class T>
 void weigh(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, const float* p_scale, int64_t heads,
            float* sums, int64_t sums_row, int64_t dv) {
+#if defined(HYMBA_AMX)
+  if constexpr (sizeof(T) == 2)
+    if (dv % 64 == 0) {
+      for (int64_t r = 0; r < heads; r += 16)
+        weigh_by_tiles(v, n, stride, p + r * kRow, min<int64_t>(16, heads - r), sums + r * sums_row, sums_row, dv);
+      return;
+    }
+#endif
   const int64_t parts = ceil_div(heads, 5);
   for (int64_t part = 0, r = 0; part < parts; part++) {
     const int64_t count = heads * (part + 1) / parts - r;

@@ -11,7 +11,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AMX_TILE__) || defined(__AMXTILE__)  // GCC and Clang, Clang before 16
+#define HYMBA_AMX 1  // matrix tiles for bf16 and int8
+#define HYMBA_ISA amx  // and all of avx512_bf16
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define HYMBA_ISA avx512_bf16
 #elif defined(__AVX512F__)
 #define HYMBA_ISA avx512

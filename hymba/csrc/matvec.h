@@ -23,6 +23,12 @@ constexpr int64_t kRowBlock = 16;
 
 namespace HYMBA_ISA {
 
+// Bytes ahead, into the second-level cache: memory and arithmetic overlap only if lines are asked for this early.
+constexpr int kPrefetch = 16384;
+constexpr int kCacheLine = 64;
+
+HYMBA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // out[i] = sum over the lanes of part[i]
 HYMBA_INLINE void sum_of_each(const vf part[16], float out[16]) {
 #if defined(__AVX512F__)
@@ -78,6 +84,17 @@ struct Dot<bf16> {
 
 // elements from one row of prepared activations to the next: whole steps, the rest of the last one is zero
 HYMBA_INLINE int64_t padded(int64_t cols) { return round_up(cols, 32); }
+
+// x: rows of `cols` floats, row b at x + b x_row -> rows in the form that `Dot` wants, `padded(cols)` apart
+template <class Input>
+HYMBA_INLINE void dot_rows(const float* x, int64_t x_row, int64_t cols, int64_t rows, Input* out) {
+  const int64_t ld = padded(cols);
+  for (int64_t b = 0; b < rows; b++) {
+    int64_t k = 0;
+    for (; k + kW <= cols; k += kW) store(out + b * ld + k, load(x + b * x_row + k));
+    for (; k < ld; k += kW) store(out + b * ld + k, k < cols ? load_n(x + b * x_row + k, cols - k) : zero());
+  }
+}
 
 // Bytes that `prepare` writes at most for `batch` rows of `cols` activations, a multiple of 64.
 int64_t input_bytes(int64_t cols, int64_t batch);

@@ -2,11 +2,13 @@
 //
 // read: every thread sums one contiguous stretch with 64-byte loads, the pattern that reads fastest here.
 // peak: chains of independent multiply-adds on registers alone, no memory: float32 FMA, bf16 pair dot products
-//       (vdpbf16ps), int8 quadruple dot products (vpdpbusd). Where an instruction set lacks one, the count is 0.
+//       (vdpbf16ps), int8 quadruple dot products (vpdpbusd), matrix tiles for both where there are any. Where an
+//       instruction set lacks one, the count is 0.
 #include <cstring>
 
 #include "isa.h"
 #include "threads.h"
+#include "tiles.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -33,6 +35,9 @@ struct PeakArgs {
 };
 
 constexpr int kChains = 12;  // latency 4 times two units, and some
+#if defined(HYMBA_AMX)
+constexpr int kTileRounds = 10;  // a round of tiles takes so much longer than one of vectors
+#endif
 
 // Keeps a value in a register and tells the compiler that it changed.
 template <class V>
@@ -57,7 +62,18 @@ double peak_f32(int64_t rounds) {
 }
 
 double peak_bf16(int64_t rounds) {
-#if defined(__AVX512BF16__)
+#if defined(HYMBA_AMX)
+  Tiles tiles;
+  tiles.use(16, 64);  // and clears them
+  rounds /= kTileRounds;
+  for (int64_t i = 0; i < rounds; i++) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  return 2.0 * 16 * 16 * 32 * 4 * rounds;
+#elif defined(__AVX512BF16__)
   __m512 sum[kChains];
   for (int c = 0; c < kChains; c++) sum[c] = _mm512_setzero_ps();
   __m512i a = _mm512_setzero_si512(), b = a;
@@ -75,7 +91,18 @@ double peak_bf16(int64_t rounds) {
 }
 
 double peak_int8(int64_t rounds) {
-#if defined(__AVX512VNNI__)
+#if defined(HYMBA_AMX)
+  Tiles tiles;
+  tiles.use(16, 64);  // and clears them
+  rounds /= kTileRounds;
+  for (int64_t i = 0; i < rounds; i++) {
+    _tile_dpbsud(0, 4, 5);
+    _tile_dpbsud(1, 4, 5);
+    _tile_dpbsud(2, 4, 5);
+    _tile_dpbsud(3, 4, 5);
+  }
+  return 2.0 * 16 * 16 * 64 * 4 * rounds;
+#elif defined(__AVX512VNNI__)
   __m512i sum[kChains];
   for (int c = 0; c < kChains; c++) sum[c] = _mm512_setzero_si512();
   __m512i a = _mm512_setzero_si512(), b = a;

@@ -6,6 +6,12 @@
 
 #include <pthread.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -145,6 +151,21 @@ struct Scratch {
   }
 };
 
+#if defined(__x86_64__)
+// Whether there are matrix tiles for bf16 and int8 (AMX), and the system lets this process use them: it must be asked.
+bool tiles_allowed() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 void run_parallel(int n_threads, Task task, void* context) {
@@ -196,14 +217,14 @@ void* scratch(int slot, size_t bytes) {
 
 }  // namespace hymba
 
-// The instruction sets in this library that this processor runs, best first, separated by blanks.
+// The instruction sets that this processor runs, best first, separated by blanks.
 extern "C" __attribute__((visibility("default"))) const char* hymba_isas() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-      return "avx512_bf16 avx512 avx2 baseline";
+      return hymba::tiles_allowed() ? "amx avx512_bf16 avx512 avx2 baseline" : "avx512_bf16 avx512 avx2 baseline";
     return "avx512 avx2 baseline";
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2 baseline";

@@ -76,7 +76,10 @@ def status() -> str:
 def isas() -> tuple[str, ...]:
     """The instruction sets that the library and this processor have, best first."""
     library = load()
-    return () if isinstance(library, str) else tuple(library.hymba_isas().decode().split())
+    if isinstance(library, str):
+        return ()
+    # a compiler that does not know an instruction set left it out
+    return tuple(x for x in library.hymba_isas().decode().split() if hasattr(library, f"hymba_vector_width_{x}"))
 
 
 def isa() -> str:

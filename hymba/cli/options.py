@@ -15,6 +15,7 @@ from hymba.shipped import SHIPPED_MODEL
 def model_options(command: Callable) -> Callable:
     """Which model, where and in what precision."""
     dtypes = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    cache_help = "Keys and values of 8 bits: half the memory; on a GPU slower."
     context_help = "Tokens of prompt and completion together.  [default: the model's context]"
     for option in reversed(
         [
@@ -29,7 +30,7 @@ def model_options(command: Callable) -> Callable:
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...; auto: the GPU if any."),
             click.option("--dtype", default="auto", show_default=True, type=dtypes, help="auto: the checkpoint's."),
             click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Weights of 8 or 4 bits."),
-            click.option("--cache", type=click.Choice(["int8"]), help="Keys and values of 8 bits."),
+            click.option("--cache", type=click.Choice(["int8"]), help=cache_help),
             click.option("--max-length", type=click.IntRange(1), help=context_help),
         ]
     ):

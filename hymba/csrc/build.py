@@ -67,6 +67,7 @@ def build(
     jobs = []
     for isa, isa_flags in ISAS.get(machine, {"baseline": ""}).items():
         if isa_flags and not _accepts([*command, *isa_flags.split()]):
+            _show(f"left out: {isa} kernels, whose flags {command[0]} does not know")
             continue
         for source in sorted(SOURCE.glob("*.cpp")):
             if source.name not in ONCE:

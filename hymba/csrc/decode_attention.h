@@ -25,7 +25,7 @@ namespace HYMBA_ISA {
 constexpr int64_t kBlock = 256;         // keys per block of the softmax
 constexpr int64_t kRow = kBlock + 16;   // a row of scores: kernels write whole vectors
 constexpr int64_t kKeysAtOnce = 32;    // even
-constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.cpp
+constexpr int64_t kKeysAhead = 16384;   // bytes; as kPrefetch of matvec.h
 constexpr float kLowest = -1e30f;       // stands for no score yet
 
 // n bytes from p on, a while later
@@ -288,14 +288,16 @@ void weigh_tile(const T* v, int64_t n, int64_t stride, const float* p, const flo
 }
 
 #if defined(__AVX512BF16__)
+// of two vectors of 16-bit numbers, the first 16 of each side by side
+alignas(64) constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 // The same with two keys at a time: (v[j][d], v[j + 1][d]) side by side meet (p[j], p[j + 1]). p_scale: (R), int8 only
 template <class T, int R, int U>
 void weigh_tile(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, const float* p_scale,
                 float* sums, int64_t sums_row, int64_t width) {
   using P = Pairs<T>;
   constexpr bool whole = sizeof(T) == 1;  // sums of integers are added to the others at the end
-  alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kPairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   constexpr int C = U == 1 ? 1 : U / 2;  // chunks of 32 values
   const __mmask32 mask = U == 1 ? (1u << width) - 1 : 0xffffffffu;
@@ -359,14 +361,11 @@ void weigh_heads(const T* v, int64_t n, int64_t stride, const typename Weight<T>
   }
 }
 
-// p_scale: (heads) where the weights are integers
 #if defined(HYMBA_AMX)
 // The weights as they lie are the first factor, heads x 32 keys; values the second, two keys side by side, arranged a turn
 // before they are multiplied (matvec_blocks.h says why). 64 dimensions at a time. dv: a multiple of 64, heads: at most 16.
 inline void weigh_by_tiles(const bf16* v, int64_t n, int64_t stride, const bf16* p, int64_t heads, float* sums,
                            int64_t sums_row, int64_t dv) {
-  alignas(64) static constexpr uint16_t kPairs[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kPairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   alignas(64) __m512i pairs[2][4][16];  // (16 dimensions, pair of keys)
   alignas(64) bf16 rest[16][32];
@@ -424,6 +423,7 @@ inline void weigh_by_tiles(const bf16* v, int64_t n, int64_t stride, const bf16*
 }
 #endif
 
+// p_scale: (heads) where the weights are integers
 template <class T>
 void weigh(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type* p, const float* p_scale, int64_t heads,
            float* sums, int64_t sums_row, int64_t dv) {
@@ -454,7 +454,8 @@ void weigh(const T* v, int64_t n, int64_t stride, const typename Weight<T>::type
 
 // ---- keys and values of 8 bits
 
-// x[i] = scale q[i], to nearest; -> scale, 0 of a vector of zeros. As `quantise` of hymba/model/cache.py, bit by bit.
+// x[i] = scale q[i], to nearest; -> scale, 0 of a vector of zeros. Of finite numbers as `quantise` of hymba/model/cache.py, bit
+// by bit.
 HYMBA_INLINE float quantise_vector(const float* x, int64_t n, int8_t* q) {
   float top = 0;
   for (int64_t i = 0; i < n; i++) top = max(top, __builtin_fabsf(x[i]));
@@ -492,7 +493,7 @@ HYMBA_INLINE void code_queries(const float* x, int64_t heads, int64_t dk, Dot<in
   }
 }
 
-// scores[r][j] *= q_scale[r] k_scale[j]
+// scores[r][j] *= q_scale[r] k_scale[j]. Whole vectors: behind the n scores lie others, or what `score` wrote there.
 HYMBA_INLINE void scale_scores(float* scores, int64_t n, const float* k_scale, const float* q_scale, int64_t heads) {
   for (int64_t j = 0; j < n; j += kW) {
     const vf scale = load_n(k_scale + j, min<int64_t>(kW, n - j));

@@ -1,7 +1,8 @@
 // Weight matrices times few activations: y[b][r] = sum_i W[r][i] x[b][i], for batches where reading W is what costs.
 // matvec_dense.h has the products of bf16 and float32, matvec_blocks.h those of int8 and int4.
 //
-// The order of additions of one output depends neither on the number of threads nor on the other rows.
+// The order of additions of one output depends neither on the number of threads nor on the other rows of W. In bf16 and
+// float32 it depends on how many activations there are, and is the same for all of them.
 #include "matvec.h"
 
 #include "elementwise.h"
@@ -20,8 +21,10 @@ void prepare(const Matrix& w, const float* x, int64_t x_row, int64_t batch, void
     prepare_dense<float>(x, x_row, w.cols, batch, input);
   else if (w.format == kDenseBFloat16)
     prepare_dense<bf16>(x, x_row, w.cols, batch, input);
+  else if (w.format == kInt8)
+    quantise<false>(x, x_row, w.cols, batch, 0, batch, input);
   else
-    quantise(x, x_row, w.cols, batch, 0, batch, input);
+    quantise<true>(x, x_row, w.cols, batch, 0, batch, input);
 }
 
 void multiply(const Matrix& w, const void* input, int64_t batch, int64_t first, int64_t last, float* y, int64_t y_row) {
@@ -42,18 +45,20 @@ void lookup(const Matrix& w, int64_t row, float* out) {
                                          : to_float(static_cast<const bf16*>(w.data)[row * w.cols + i]);
     return;
   }
-  const bool four = w.format == kInt4;
-  const int64_t groups = ceil_div(w.cols, kGroup), r = row % kRowBlock;
-  const uint8_t* block = static_cast<const uint8_t*>(w.data) + row / kRowBlock * block_bytes(four, groups);
-  const uint8_t* codes = block + (four ? int4_scale_bytes(groups) : 0);
+  const int64_t block = row / kRowBlock, r = row % kRowBlock;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data);
+  if (w.format == kInt8) {
+    const uint8_t* codes = data + block * block_bytes<false>(ceil_div(w.cols, kGroup<false>));
+    for (int64_t i = 0; i < w.cols; i++) out[i] = w.scale[row] * (codes[i / 4 * 64 + 4 * r + i % 4] - 128);
+    return;
+  }
+  const int64_t groups = ceil_div(w.cols, kGroup<true>);
+  data += block * block_bytes<true>(groups);
+  const bf16* scales = reinterpret_cast<const bf16*>(data);
+  const uint8_t* codes = data + int4_scale_bytes(groups);
   for (int64_t i = 0; i < w.cols; i++) {
-    const int64_t g = i / kGroup, step = i % kGroup / 4, byte = 4 * r + i % 4;
-    if (four) {
-      const int nibble = codes[g * 256 + step / 2 * 64 + byte] >> (step % 2 * 4) & 15;
-      out[i] = to_float(reinterpret_cast<const bf16*>(block)[g * 16 + r]) * kLevels[nibble];
-    } else {
-      out[i] = w.scale[row] * (codes[g * 512 + step * 64 + byte] - 128);
-    }
+    const int nibble = codes[i / 8 * 64 + 4 * r + i % 4] >> (i / 4 % 2 * 4) & 15;
+    out[i] = to_float(scales[i / kGroup<true> * 16 + r]) * kLevels[nibble];
   }
 }
 
@@ -83,7 +88,10 @@ void linear(const LinearArgs& a, int thread, int n_threads, void* input, int64_t
     const Range mine = split(batch, thread, n_threads);
     for (int64_t b = mine.first; b < mine.last; b++) {
       to_floats(row, x + (from + b) * w.cols, w.cols);
-      quantise(row, w.cols, w.cols, batch, b, b + 1, input);
+      if (w.format == kInt8)
+        quantise<false>(row, w.cols, w.cols, batch, b, b + 1, input);
+      else
+        quantise<true>(row, w.cols, w.cols, batch, b, b + 1, input);
     }
     barrier(n_threads);
     for (int64_t r = first; r < last; r += kStrip) {
@@ -102,7 +110,7 @@ void linear(const LinearArgs& a, int thread, int n_threads, void* input, int64_t
 
 // y = x W^T as nn.Linear, for a quantised W
 HYMBA_KERNEL(quantised_linear)(const LinearArgs* a) {
-  const int64_t fitting = kChunkBytes / round_up(a->w.cols, kGroup) / kMaxColumns * kMaxColumns;
+  const int64_t fitting = kChunkBytes / round_up(a->w.cols, kGroup<false>) / kMaxColumns * kMaxColumns;
   const int64_t chunk = min(a->batch, min(max<int64_t>(fitting, 4 * kMaxColumns), kMaxChunk));
   void* input = scratch(0, input_bytes(a->w.cols, chunk));
   parallel_for((int)a->n_threads, [&](int thread, int n_threads) {

@@ -1,5 +1,5 @@
-// Products of a weight matrix with rows of activations, for use inside a parallel region (decode.cpp); see matvec.cpp for
-// math, layouts and tiling.
+// Products of a weight matrix with rows of activations, for use inside a parallel region (decode.cpp); see
+// matvec_dense.h and matvec_blocks.h for math, layouts and tiling.
 #pragma once
 
 #include "simd.h"
@@ -10,8 +10,8 @@ enum Format : int64_t { kDenseFloat32 = 0, kDenseBFloat16 = 1, kInt8 = 2, kInt4 
 
 // y = x W^T with W: (rows, cols). Four formats:
 //   dense  `data` is W itself, row-major
-//   int8   blocks of 16 rows, groups of 32 inputs; `scale` holds one float per row
-//   int4   the same, with the scales inside `data`, one bf16 per row and group
+//   int8   blocks of 16 rows, groups of 64 inputs; `scale` holds one float per row
+//   int4   the same with groups of 32 and the scales inside `data`, one bf16 per row and group
 struct Matrix {
   int64_t format, rows, cols;
   const void* data;

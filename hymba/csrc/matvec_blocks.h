@@ -1,9 +1,9 @@
 // Products of int8 and int4 weights with few activations, which are quantised here; used by matvec.cpp.
 //
 // Lanes are 16 rows, so that no sum across lanes is needed, the last few inputs are no special case, and a scale for every
-// row is one vector. Activations are quantised in groups of 32 inputs with a float32 scale each:
+// row is one vector. Activations are quantised in groups, of 64 inputs for int8 and 32 for int4, with a float32 scale each:
 //       x[i] ~ xs[g] xq[i],  xq in -127 .. 127
-//   block of 16 rows, group of 32 inputs: 8 steps of 64 bytes, step j holds bytes (row, i) for i = 4 j .. 4 j + 3
+//   block of 16 rows, group of inputs: steps of 64 bytes, step j holds bytes (row, i) for i = 4 j .. 4 j + 3
 //   int8: byte = q + 128, q in -127 .. 127.   W[r][i] = scale[r] q
 //   int4: two steps share 64 bytes: low nibble step 2 h, high nibble step 2 h + 1. A nibble is an index into kLevels, and
 //         W[r][i] = scale[r][g] kLevels[nibble]. A block starts with its scales, (groups, 16) bf16, padded to 64 bytes.
@@ -13,10 +13,9 @@
 //   vpdpbusd multiplies unsigned by signed bytes: weights carry + 128, and the sum starts at -128 sum(xq).
 //   Integer sums are exact; groups are added up in float32, in one order everywhere: all paths give the same bits.
 //   batch > 1: C <= 8 activations share each load (and shuffle) of weights; int8 for 8 and more: see panels. Matrix tiles,
-//   8 and more: see tile_group.
+//   8 and more: see tile_columns.
 #pragma once
 
-#include "elementwise.h"
 #include "matvec.h"
 #include "tiles.h"
 
@@ -24,22 +23,27 @@ namespace hymba {
 namespace HYMBA_ISA {
 namespace {
 
-constexpr int kGroup = 32;      // inputs that share an activation scale, and in int4 a weight scale
+// Inputs that share an activation scale, and in int4 a weight scale; and bytes of 16 rows of them, scales apart.
+template <bool kFour>
+constexpr int kGroup = kFour ? 32 : 64;
+template <bool kFour>
+constexpr int kGroupBytes = kFour ? 256 : 1024;
 constexpr int kMaxColumns = 8;  // activations in one tile
 
 alignas(64) constexpr int8_t kLevels[16] = {-127, -101, -79, -62, -48, -34, -22, -9, 2, 14, 25, 37, 50, 65, 83, 107};
 
 // Quantised activations: for every group, the batch's values, scales, and -128 times the sum of the values.
 struct Quantised {
-  int8_t* x;     // (groups, batch, 32)
+  int8_t* x;     // (groups, batch, inputs of a group)
   float* scale;  // (groups, batch)
   int32_t* bias;
 };
 
+template <bool kFour>
 Quantised quantised(void* input, int64_t groups, int64_t batch) {
   Quantised q;
   q.x = static_cast<int8_t*>(input);
-  q.scale = reinterpret_cast<float*>(q.x + groups * batch * kGroup);
+  q.scale = reinterpret_cast<float*>(q.x + groups * batch * kGroup<kFour>);
   q.bias = reinterpret_cast<int32_t*>(q.scale + groups * batch);
   return q;
 }
@@ -47,15 +51,15 @@ Quantised quantised(void* input, int64_t groups, int64_t batch) {
 typedef int8_t vb __attribute__((vector_size(kW), aligned(1), may_alias));
 
 // rows first .. last - 1 of x: (batch, cols)
+template <bool kFour>
 void quantise(const float* x, int64_t x_row, int64_t cols, int64_t batch, int64_t first, int64_t last, void* input) {
-  const int64_t groups = ceil_div(cols, kGroup);
-  const Quantised q = quantised(input, groups, batch);
-  constexpr int n = kGroup / kW;
-  const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  constexpr int size = kGroup<kFour>, n = size / kW;
+  const int64_t groups = ceil_div(cols, size);
+  const Quantised q = quantised<kFour>(input, groups, batch);
   for (int64_t b = first; b < last; b++)
     for (int64_t g = 0; g < groups; g++) {
-      const float* p = x + (b - first) * x_row + g * kGroup;
-      const int64_t left = cols - g * kGroup;
+      const float* p = x + (b - first) * x_row + g * size;
+      const int64_t left = cols - g * size;
       vf v[n], top = zero();
       for (int i = 0; i < n; i++) {
         v[i] = left >= (i + 1) * kW ? load(p + i * kW) : load_n(p + i * kW, max<int64_t>(left - i * kW, 0));
@@ -65,9 +69,9 @@ void quantise(const float* x, int64_t x_row, int64_t cols, int64_t batch, int64_
       const bool nothing = !(most > 1e-30f);  // the inverse of less is no normal number
       const float inverse = nothing ? 0.0f : 127.0f / most;
       vi total{};
-      int8_t* out = q.x + (g * batch + b) * kGroup;
+      int8_t* out = q.x + (g * batch + b) * size;
       for (int i = 0; i < n; i++) {
-        const vi integer = (vi)(v[i] * inverse + to_integer) - 0x4b400000;
+        const vi integer = integers(v[i] * inverse + kToInteger);
         total += integer;
 #if defined(__AVX512F__)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kW), _mm512_cvtepi32_epi8((__m512i)integer));
@@ -89,8 +93,9 @@ void quantise(const float* x, int64_t x_row, int64_t cols, int64_t batch, int64_
 HYMBA_INLINE int64_t int4_scale_bytes(int64_t groups) { return round_up(groups * 32, kCacheLine); }
 
 // bytes of 16 rows
-HYMBA_INLINE int64_t block_bytes(bool four, int64_t groups) {
-  return four ? int4_scale_bytes(groups) + groups * 256 : groups * 512;
+template <bool kFour>
+HYMBA_INLINE int64_t block_bytes(int64_t groups) {
+  return (kFour ? int4_scale_bytes(groups) : 0) + groups * kGroupBytes<kFour>;
 }
 
 // 16 rows for C activations, of which the first is number `b` of `batch`. In every group the lines from `line` to `last_line`
@@ -107,28 +112,28 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
   __m512 sums[C];
   for (int c = 0; c < C; c++) sums[c] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
-    const int8_t* x = q.x + (g * batch + b) * kGroup;
+    const int8_t* x = q.x + (g * batch + b) * kGroup<kFour>;
     const int32_t* bias = q.bias + g * batch + b;
-    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
+    for (int64_t l = line; l < last_line; l++) prefetch(w + g * kGroupBytes<kFour> + l * kCacheLine + ahead);
     if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
     const float* scale = q.scale + g * batch + b;
     __m512i s[C], t[C];
     for (int c = 0; c < C; c++) s[c] = _mm512_set1_epi32(bias[c]), t[c] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int h = 0; h < 4; h++) {
+#pragma GCC unroll 8
+    for (int h = 0; h < kGroup<kFour> / 8; h++) {
       __m512i first, second;
       if (kFour) {
         const __m512i v = _mm512_loadu_si512(w + g * 256 + h * 64);
         first = _mm512_shuffle_epi8(levels, _mm512_and_si512(v, low));
         second = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
       } else {
-        first = _mm512_loadu_si512(w + g * 512 + h * 128);
-        second = _mm512_loadu_si512(w + g * 512 + h * 128 + 64);
+        first = _mm512_loadu_si512(w + g * 1024 + h * 128);
+        second = _mm512_loadu_si512(w + g * 1024 + h * 128 + 64);
       }
       for (int c = 0; c < C; c++) {
         int32_t x0, x1;
-        __builtin_memcpy(&x0, x + c * kGroup + h * 8, 4);
-        __builtin_memcpy(&x1, x + c * kGroup + h * 8 + 4, 4);
+        __builtin_memcpy(&x0, x + c * kGroup<kFour> + h * 8, 4);
+        __builtin_memcpy(&x1, x + c * kGroup<kFour> + h * 8 + 4, 4);
         s[c] = _mm512_dpbusd_epi32(s[c], first, _mm512_set1_epi32(x0));
         // one activation alone: two chains hide the instruction's latency
         __m512i& other = C <= 2 ? t[c] : s[c];
@@ -147,11 +152,11 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
 #else
   float sums[C][16] = {};
   for (int64_t g = 0; g < groups; g++) {
-    const int8_t* x = q.x + (g * batch + b) * kGroup;
+    const int8_t* x = q.x + (g * batch + b) * kGroup<kFour>;
     int32_t s[C][16] = {};
-    for (int64_t l = line; l < last_line; l++) prefetch(w + g * (kFour ? 256 : 512) + l * kCacheLine + ahead);
+    for (int64_t l = line; l < last_line; l++) prefetch(w + g * kGroupBytes<kFour> + l * kCacheLine + ahead);
     if (kFour && line == 0) prefetch(reinterpret_cast<const char*>(scales + g * 16) + ahead);
-    for (int h = 0; h < 4; h++) {
+    for (int h = 0; h < kGroup<kFour> / 8; h++) {
       alignas(64) int8_t v[128];  // two steps of (16 rows, 4 inputs)
       if (kFour) {
         const uint8_t* p = w + g * 256 + h * 64;
@@ -167,12 +172,12 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
         for (int i = 0; i < 64; i++) v[i] = kLevels[p[i] & 15], v[64 + i] = kLevels[p[i] >> 4];
 #endif
       } else {
-        const uint8_t* p = w + g * 512 + h * 128;
+        const uint8_t* p = w + g * 1024 + h * 128;
         for (int i = 0; i < 128; i++) v[i] = static_cast<int8_t>(p[i] ^ 128);
       }
       for (int step = 0; step < 2; step++)
         for (int c = 0; c < C; c++) {
-          const int8_t* xc = x + c * kGroup + h * 8 + step * 4;
+          const int8_t* xc = x + c * kGroup<kFour> + h * 8 + step * 4;
 #if defined(__AVX2__)
           // |x| unsigned times w with x's sign: two products of 127 * 127 fit 16 bits
           int32_t four;
@@ -206,7 +211,7 @@ void block_tile(const uint8_t* w, const float* row_scale, const Quantised& q, in
 // int8 for many activations: a tile of 3 blocks x 4 activations loads 56 vectors for 96 dot products, where one block x 8
 // loads 72 for 64. Tiles run over a chunk of groups, so that the chunk stays in the first-level cache for all activations.
 constexpr int kBlocks = 3, kPanelColumns = 4;
-constexpr int kChunk = 8;   // groups: 12 KB of weights
+constexpr int kChunk = 4;   // groups: 12 KB of weights
 constexpr int kKept = 32;  // activations whose sums are kept meanwhile
 
 // B blocks of 16 rows, groups first .. first + count - 1, for C activations: added to sums (C, B, 16). In every group the
@@ -221,23 +226,23 @@ void panel_tile(const uint8_t* w, int64_t bytes, const Quantised& q, int64_t b, 
     for (int i = 0; i < B; i++) total[c][i] = load(sums + (c * B + i) * 16);
   for (int64_t g = first; g < first + count; g++) {
     const int64_t at = g * batch + b;
-    const int8_t* x = q.x + at * kGroup;
+    const int8_t* x = q.x + at * kGroup<false>;
     for (int i = 0; i < B; i++)
-      for (int64_t l = line; l < last_line; l++) prefetch(w + i * bytes + g * 512 + l * kCacheLine + ahead);
+      for (int64_t l = line; l < last_line; l++) prefetch(w + i * bytes + g * 1024 + l * kCacheLine + ahead);
     __m512i s[C][B];
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
 #pragma GCC unroll 4
       for (int i = 0; i < B; i++) s[c][i] = _mm512_set1_epi32(q.bias[at + c]);
-#pragma GCC unroll 8
-    for (int step = 0; step < 8; step++) {
+#pragma GCC unroll 16
+    for (int step = 0; step < 16; step++) {
       __m512i v[B];
 #pragma GCC unroll 4
-      for (int i = 0; i < B; i++) v[i] = _mm512_loadu_si512(w + i * bytes + g * 512 + step * 64);
+      for (int i = 0; i < B; i++) v[i] = _mm512_loadu_si512(w + i * bytes + g * 1024 + step * 64);
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) {
         int32_t four;
-        __builtin_memcpy(&four, x + c * kGroup + step * 4, 4);
+        __builtin_memcpy(&four, x + c * kGroup<false> + step * 4, 4);
         const __m512i xs = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
         for (int i = 0; i < B; i++) s[c][i] = _mm512_dpbusd_epi32(s[c][i], v[i], xs);
@@ -259,7 +264,7 @@ void panel_tile(const uint8_t* w, int64_t bytes, const Quantised& q, int64_t b, 
 template <int B>
 void panels(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t batch, int64_t groups, int64_t rows,
             float* y, int64_t y_row) {
-  const int64_t bytes = block_bytes(false, groups), lines = 512 / kCacheLine;
+  const int64_t bytes = block_bytes<false>(groups), lines = kGroupBytes<false> / kCacheLine;
   const int64_t ahead = round_up(kPrefetch, B * bytes);  // this far lies the same place of later blocks
   alignas(64) float sums[kKept * B * 16];
   for (int64_t b = 0; b < batch; b += kKept) {
@@ -293,17 +298,16 @@ void panels(const uint8_t* w, const float* row_scale, const Quantised& q, int64_
 // turns before they are multiplied, and added up some turns after.
 constexpr int kLag = 4;
 
-// 16 rows (or the last few) for activations b .. b + M - 1 of `batch`: for each group one product of the activations (M, 32)
-// and the weights (8 steps, 16 rows x 4). The first activations ask for what lies `ahead`.
+// 16 rows (or the last few) for activations b .. b + M - 1 of `batch`: for each group one product of the activations (M, inputs)
+// and the weights (steps, 16 rows x 4). Levels of int4 stay signed here. The first activations ask for what lies `ahead`.
 template <bool kFour, int M>
 void tile_columns(const uint8_t* w, const float* row_scale, const Quantised& q, int64_t b, int64_t batch, int64_t groups,
                   int64_t ahead, int64_t rows, float* y, int64_t y_row) {
-  constexpr int kBytes = kFour ? 256 : 512;
+  constexpr int kBytes = kGroupBytes<kFour>;
   const bf16* scales = reinterpret_cast<const bf16*>(w);
   if (kFour) w += int4_scale_bytes(groups);
   const __m512i low = _mm512_set1_epi8(15);
-  __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels)));
-  levels = _mm512_xor_si512(levels, _mm512_set1_epi8(-128));  // + 128
+  const __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels)));
   alignas(64) uint8_t unpacked[2 * kLag][512];
   alignas(64) int32_t dots[2 * kLag][M * 16];
   __m512 total[M];
@@ -322,9 +326,12 @@ void tile_columns(const uint8_t* w, const float* row_scale, const Quantised& q, 
   };
   const auto multiply = [&](int64_t g) __attribute__((always_inline)) {
     _tile_zero(0);
-    _tile_loadd(4, q.x + (g * batch + b) * kGroup, kGroup);
-    _tile_loadd(5, kFour ? unpacked[g % (2 * kLag)] : w + g * 512, 64);
-    _tile_dpbsud(0, 4, 5);
+    _tile_loadd(4, q.x + (g * batch + b) * kGroup<kFour>, kGroup<kFour>);
+    _tile_loadd(5, kFour ? unpacked[g % (2 * kLag)] : w + g * kBytes, 64);
+    if (kFour)
+      _tile_dpbssd(0, 4, 5);
+    else
+      _tile_dpbsud(0, 4, 5);
     _tile_stored(0, dots[g % (2 * kLag)], 64);
   };
   const auto add_up = [&](int64_t g) __attribute__((always_inline)) {
@@ -333,7 +340,8 @@ void tile_columns(const uint8_t* w, const float* row_scale, const Quantised& q, 
     const __m512 group_scale = kFour ? (__m512)load(scales + g * 16) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      const __m512i product = _mm512_add_epi32(_mm512_load_si512(dot + m * 16), _mm512_set1_epi32(bias[m]));
+      __m512i product = _mm512_load_si512(dot + m * 16);
+      if (!kFour) product = _mm512_add_epi32(product, _mm512_set1_epi32(bias[m]));
       const __m512 scale = _mm512_set1_ps(xs[m]);
       total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), kFour ? _mm512_mul_ps(group_scale, scale) : scale, total[m]);
     }
@@ -366,8 +374,8 @@ HYMBA_INLINE void block_columns(const uint8_t* w, const float* row_scale, const 
 
 template <bool kFour>
 void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, int64_t last, float* y, int64_t y_row) {
-  const int64_t groups = ceil_div(w.cols, kGroup), bytes = block_bytes(kFour, groups);
-  const Quantised q = quantised(const_cast<void*>(input), groups, batch);
+  const int64_t groups = ceil_div(w.cols, kGroup<kFour>), bytes = block_bytes<kFour>(groups);
+  const Quantised q = quantised<kFour>(const_cast<void*>(input), groups, batch);
   int64_t r = first;
 #if defined(HYMBA_AMX)
   Tiles tiles;
@@ -383,7 +391,7 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
     }
   }
 #endif
-  const int64_t lines = (kFour ? 256 : 512) / kCacheLine, ahead = round_up(kPrefetch, bytes);
+  const int64_t lines = kGroupBytes<kFour> / kCacheLine, ahead = round_up(kPrefetch, bytes);
   for (; r < last; r += kRowBlock) {
     const uint8_t* block = static_cast<const uint8_t*>(w.data) + r / kRowBlock * bytes;
     const float* scale = kFour ? nullptr : w.scale + r;
@@ -391,11 +399,11 @@ void blocks(const Matrix& w, const void* input, int64_t batch, int64_t first, in
     int64_t b = 0;
 #if defined(HYMBA_AMX)
     for (; b + 16 <= batch; b += 16) {
-      tiles.use(16, kGroup);
+      tiles.use(16, kGroup<kFour>);
       tile_columns<kFour, 16>(block, scale, q, b, batch, groups, ahead, rows, y + b * y_row + r - first, y_row);
     }
     for (; b + 8 <= batch; b += 8) {
-      tiles.use(8, kGroup);
+      tiles.use(8, kGroup<kFour>);
       tile_columns<kFour, 8>(block, scale, q, b, batch, groups, ahead, rows, y + b * y_row + r - first, y_row);
     }
 #endif

@@ -114,45 +114,33 @@ void dense_rows_by_columns(const T* w, const typename Dot<T>::Input* x, int64_t 
   }
 }
 
-template <class T>
-void dense_rows_of_many(const T* w, int64_t cols, int64_t rows, const typename Dot<T>::Input* x, int64_t batch, float* y,
-                        int64_t y_row) {
-  int64_t r = 0;
-  for (; r + kDenseRows <= rows; r += kDenseRows)
-    dense_rows_by_columns<T, kDenseRows>(w + r * cols, x, cols, batch, y + r, y_row);
-  for (; r < rows; r++) dense_rows_by_columns<T, 1>(w + r * cols, x, cols, batch, y + r, y_row);
-}
-
 // ---------------------------------------------------------------------------------------------------- panels of bf16
 
-constexpr int kPanel = 16;             // activations
-constexpr int64_t kPanelRows = 3 * 16;  // rows that a near cache keeps for what does not go through in panels
+constexpr int kPanel = 16;  // activations
 
-// How many activations of a batch, the first ones, go through in panels. The last panel may be filled up with zeros.
+// Whether so many activations go through in panels, of which the last is filled up with zeros.
 template <class T>
-HYMBA_INLINE int64_t in_panels(int64_t batch) {
+HYMBA_INLINE bool in_panels(int64_t batch) {
 #if defined(HYMBA_AMX)
-  return sizeof(T) == 2 && batch > 1 ? batch : 0;
+  return sizeof(T) == 2 && batch > 1;
 #elif defined(__AVX512BF16__)
-  // a panel costs as much as 13 activations in register tiles
-  return sizeof(T) == 2 ? (batch % kPanel >= 13 ? batch : batch / kPanel * kPanel) : 0;
+  return sizeof(T) == 2 && (batch + 3) % kPanel < 4;  // a panel costs as much as 13 activations in register tiles
 #else
   (void)batch;
-  return 0;
+  return false;
 #endif
 }
 
 #if defined(__AVX512BF16__)
 HYMBA_INLINE int64_t panel_size(int64_t cols) { return kPanel * padded(cols); }
 
-// x: (batch, cols) -> panels of its first `count` rows
-void to_panels(const float* x, int64_t x_row, int64_t cols, int64_t count, bf16* out) {
-  for (int64_t b = 0; b < count; b += kPanel, out += panel_size(cols))
+void to_panels(const float* x, int64_t x_row, int64_t cols, int64_t batch, bf16* out) {
+  for (int64_t b = 0; b < batch; b += kPanel, out += panel_size(cols))
     for (int64_t k = 0; k < padded(cols); k += 32) {
       __m512 pairs[kPanel];
       for (int64_t c = 0; c < kPanel; c++) {
         const float* row = x + (b + c) * x_row + k;
-        const int64_t left = b + c < count ? cols - k : 0;
+        const int64_t left = b + c < batch ? cols - k : 0;
         const vf first = left > 0 ? load_n(row, left) : zero(), second = left > kW ? load_n(row + kW, left - kW) : zero();
         pairs[c] = (__m512)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
       }
@@ -211,15 +199,15 @@ void panel_rows(const bf16* w, int64_t rows, int64_t cols, const bf16* x, float*
   if constexpr (P > 3) _tile_stored(3, sums + 768, 64);
 }
 
-void multiply_panels(const bf16* w, int64_t cols, int64_t rows, const bf16* x, int64_t count, float* y, int64_t y_row) {
+void multiply_panels(const bf16* w, int64_t cols, int64_t rows, const bf16* x, int64_t batch, float* y, int64_t y_row) {
   constexpr int64_t kAtOnce = 4 * kPanel;
   Tiles tiles;
   tiles.use(16, 64);
   alignas(64) float sums[kAtOnce * 16];
   for (int64_t r = 0; r < rows; r += 16) {
     const int64_t n = min<int64_t>(16, rows - r);
-    for (int64_t b = 0; b < count; b += kAtOnce) {
-      const int64_t columns = min(kAtOnce, count - b);
+    for (int64_t b = 0; b < batch; b += kAtOnce) {
+      const int64_t columns = min(kAtOnce, batch - b);
       const bf16* panels = x + b * padded(cols);
       switch (ceil_div(columns, kPanel)) {
         case 1: panel_rows<1>(w + r * cols, n, cols, panels, sums); break;
@@ -267,17 +255,17 @@ void panel_rows(const bf16* w, int64_t cols, const bf16* x, bool ask, float* sum
   for (int r = 0; r < R; r++) _mm512_store_ps(sums + r * 16, sum[r]);
 }
 
-void multiply_panels(const bf16* w, int64_t cols, int64_t rows, const bf16* x, int64_t count, float* y, int64_t y_row) {
+void multiply_panels(const bf16* w, int64_t cols, int64_t rows, const bf16* x, int64_t batch, float* y, int64_t y_row) {
   alignas(64) float sums[16 * 16];
   for (int64_t r = 0; r < rows; r += 16) {
     const int64_t n = min<int64_t>(16, rows - r);
-    for (int64_t b = 0; b < count; b += kPanel) {
+    for (int64_t b = 0; b < batch; b += kPanel) {
       const bf16* panel = x + b * padded(cols);
       if (n == 16)
         panel_rows<16>(w + r * cols, cols, panel, b == 0, sums);
       else
         for (int64_t i = 0; i < n; i++) panel_rows<1>(w + (r + i) * cols, cols, panel, false, sums + i * 16);
-      store_panel(sums, n, min<int64_t>(kPanel, count - b), y + b * y_row + r, y_row);
+      store_panel(sums, n, min<int64_t>(kPanel, batch - b), y + b * y_row + r, y_row);
     }
   }
 }
@@ -293,36 +281,26 @@ HYMBA_INLINE int64_t dense_input_bytes(int64_t cols, int64_t batch) {
 template <class T>
 void prepare_dense(const float* x, int64_t x_row, int64_t cols, int64_t batch, void* input) {
   auto* out = static_cast<typename Dot<T>::Input*>(input);
-  const int64_t count = in_panels<T>(batch);
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
-    if (count > 0) to_panels(x, x_row, cols, count, out), out += round_up(count, kPanel) * padded(cols);
+    if (in_panels<T>(batch)) return to_panels(x, x_row, cols, batch, out);
 #endif
-  dot_rows(x + count * x_row, x_row, cols, batch - count, out);
+  dot_rows(x, x_row, cols, batch, out);
 }
 
 template <class T>
 void multiply_dense(const T* w, int64_t cols, int64_t rows, const void* input, int64_t batch, float* y, int64_t y_row) {
   const auto* x = static_cast<const typename Dot<T>::Input*>(input);
-  if (batch == 1) {
-    for (int64_t r = 0; r < rows; r += 16) dense_rows<T>(w + r * cols, (int)min<int64_t>(16, rows - r), x, cols, y + r);
-    return;
-  }
 #if defined(__AVX512BF16__)
-  if constexpr (sizeof(T) == 2) {
-    const int64_t count = in_panels<T>(batch), rest = round_up(count, kPanel) * padded(cols);
-    if (count == batch) return multiply_panels(w, cols, rows, x, count, y, y_row);
-    if (count > 0) {
-      for (int64_t r = 0; r < rows; r += kPanelRows) {
-        const int64_t n = min(kPanelRows, rows - r);
-        multiply_panels(w + r * cols, cols, n, x, count, y + r, y_row);
-        dense_rows_of_many(w + r * cols, cols, n, x + rest, batch - count, y + count * y_row + r, y_row);
-      }
-      return;
-    }
-  }
+  if constexpr (sizeof(T) == 2)
+    if (in_panels<T>(batch)) return multiply_panels(w, cols, rows, x, batch, y, y_row);
 #endif
-  dense_rows_of_many(w, cols, rows, x, batch, y, y_row);
+  int64_t r = 0;
+  if (batch == 1)
+    for (; r < rows; r += 16) dense_rows<T>(w + r * cols, (int)min<int64_t>(16, rows - r), x, cols, y + r);
+  for (; r + kDenseRows <= rows; r += kDenseRows)
+    dense_rows_by_columns<T, kDenseRows>(w + r * cols, x, cols, batch, y + r, y_row);
+  for (; r < rows; r++) dense_rows_by_columns<T, 1>(w + r * cols, x, cols, batch, y + r, y_row);
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ class Tiles {
   }
   // Tiles 0 .. 3: sums, `rows` x 16; tile 4: the first factor, `rows` x `bytes`; tiles 5 .. 7: the second, bytes / 4 x 64.
   void use(int rows, int bytes) {
-    if (rows == rows_) return;
-    rows_ = rows;
+    if (rows == rows_ && bytes == bytes_) return;
+    rows_ = rows, bytes_ = bytes;
     struct alignas(64) {
       uint8_t palette, start, reserved[14];
       uint16_t bytes[16];
@@ -37,7 +37,7 @@ class Tiles {
   }
 
  private:
-  int rows_ = 0;
+  int rows_ = 0, bytes_ = 0;
 };
 #endif
 

@@ -74,7 +74,7 @@ class GraphDecoder:
         if self.max_batch < B:
             raise UserError(f"this decoder was made for {self.max_batch} rows, the cache has {B}; make a larger one")
         if cache.kind is not None:
-            raise UserError(supports(self.model, cache.kind))
+            raise UserError(f"{supports(self.model, cache.kind)}; make_decoder of hymba.engine.decoder does that")
         cache.require_room()
         key = (B, cache.conv.data_ptr(), cache.ssm.data_ptr())
         graph = self._graphs.get(key)

@@ -8,8 +8,8 @@ they are tied). Under int4 the last three stay at 8 bits: they are 4% of Hymba-1
 how far the SSM steps) suffers most. Everything small keeps its dtype.
 
 A quantised model only computes: its weights have no gradient, though gradients flow through it to other parameters.
-On a CPU with the native library, activations are quantised too, to int8 in groups of 32 (`hymba/csrc/matvec.cpp`);
-without it, or elsewhere, weights are expanded a slice at a time.
+On a CPU with the native library, activations are quantised too, to int8, in groups of 64 beside int8 weights and of 32
+beside int4 (`hymba/csrc/matvec_blocks.h`); without it, or elsewhere, weights are expanded a slice at a time.
 """
 
 import mmap
@@ -27,10 +27,10 @@ from hymba.ops import library
 if TYPE_CHECKING:
     from hymba.model.hymba import Hymba
 
-GROUP = 32  # inputs that share an int4 scale, and an activation scale
+GROUP = 32  # inputs that share an int4 scale
 BLOCK = 16  # rows that the kernels' layout keeps together
 # The least-squares quantiser of normally distributed weights whose groups are scaled by their own best scale, in units
-# of 1 / 127: 0.9 dB better than 16 equal steps, 1.7 dB for weights with heavier tails. csrc/matvec.cpp has the same.
+# of 1 / 127: 0.9 dB better than 16 equal steps, 1.7 dB for weights with heavier tails. As in csrc/matvec_blocks.h.
 LEVELS = (-127, -101, -79, -62, -48, -34, -22, -9, 2, 14, 25, 37, 50, 65, 83, 107)
 # which multiple of a level the largest weight of a group is tried at; scales are then refined by least squares
 _ANCHORS = (-127 * 1.1, -127, -127 * 0.93, -127 * 0.86, 107 * 1.1, 107, 107 * 0.92)
@@ -62,12 +62,15 @@ def matrix(owner: nn.Module | nn.Parameter) -> tuple[Matrix, list[Tensor]]:
 
 
 class QuantMatrix(nn.Module):
-    """A quantised matrix in the layout of the kernels: blocks of 16 rows, groups of 32 columns, padded with zeros."""
+    """A quantised matrix in the layout of the kernels: blocks of 16 rows, groups of 32 columns, an even number
+    of them in int8, padded with zeros."""
 
     def __init__(self, bits: int, rows: int, cols: int):
         super().__init__()
         self.bits, self.rows, self.cols = bits, rows, cols
         self.groups, self.n_blocks = -(-cols // GROUP), -(-rows // BLOCK)
+        if bits == 8:
+            self.groups += self.groups % 2
         self.scale_bytes = -(-self.groups * BLOCK * 2 // 64) * 64 if bits == 4 else 0
         size = self.scale_bytes + self.groups * BLOCK * GROUP * bits // 8
         self.register_buffer("blocks", torch.empty(self.n_blocks, size, dtype=torch.uint8, device="meta"))

@@ -42,6 +42,7 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
     documents = starts.cumsum(1)
     lengths = torch.tensor([63, T], device=GPU)
     A, at = -normal(E, N).exp(), torch.arange(M + T, device=GPU)[None]
+    wide = normal(3200, N).exp()
     scan = [normal(B, T, E), normal(B, T, E), normal(E), normal(B, T, N), normal(B, T, N), normal(E), normal(B, T, E)]
     kv = [normal(B, H, T, 64), normal(B, G, T, 64), normal(B, G, T, 128), normal(1, G, M, 64), normal(1, G, M, 128)]
 
@@ -68,6 +69,12 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
         ),
         "scan": (run_scan(None, None, 1), scan),
         "scan, long": (run_scan(None, None, 1), [x.repeat(1, 9, 1) if x.dim() == 3 else x for x in scan]),
+        # segments of time, drawn by all of a card: 1.5B's width
+        "scan, wide": (
+            lambda b, u, dt, bias, B, C, D, z: b.selective_scan(u, dt, bias, -wide, B, C, D, z, 0 * wide[None]),
+            [normal(3, 300, 3200), normal(3, 300, 3200), normal(3200), normal(3, 300, N), normal(3, 300, N),
+             normal(3200), normal(3, 300, 3200)],
+        ),
         "scan, documents": (run_scan(starts, None, 1), scan),
         "scan, lengths": (run_scan(None, lengths, B), scan),
         "scan, both": (run_scan(starts, lengths, B), scan),

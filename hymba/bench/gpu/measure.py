@@ -39,7 +39,8 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
         work()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    free()
+    gc.collect()
+    torch.cuda.empty_cache()  # not `free`: what was compiled is what is captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

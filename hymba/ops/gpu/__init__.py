@@ -1,5 +1,6 @@
 """The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included. The
-scan of bfloat16 is in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
+scan of enough rows in bfloat16, or in float32 without gradients, is in CUDA C++, which the compiler that comes with
+PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
 family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,
@@ -102,7 +103,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Rows that begin at no multiple of 16 bytes are multiplied by kernels of an older generation: they are padded."""
-    out, piece = weight.shape[0], 16 // x.itemsize
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    out, piece = weight.shape[0], 16 // dtype.itemsize
     across, down = -weight.shape[1] % piece, -out % piece
     if across or down:
         weight = F.pad(weight, (0, across, 0, down))

@@ -15,10 +15,11 @@ _MAX_DYNAMIC_SHARED, _CARVEOUT = 8, 9
 
 @lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this machine's PyTorch can compile kernels."""
+    """Whether this machine's PyTorch can compile kernels for its card."""
+    major, minor = torch.cuda.get_device_capability()
     try:
-        _libraries()
-    except (OSError, AttributeError):
+        compiled('extern "C" __global__ void nothing() {}', [f"-arch=sm_{major}{minor}"])
+    except (OSError, AttributeError, RuntimeError):
         return False
     return True
 

@@ -1,5 +1,5 @@
-"""Selective scan, forward and backward (Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2), as Triton kernels; models
-in bfloat16 with 16 states take those of `scan.cu`.
+"""Selective scan, forward and backward (Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2), as Triton kernels;
+`scan_cuda.fits` says what takes those of `scan.cu`.
 
 Math (one channel e, one state n; `starts` and `lengths` as in `reference.selective_scan`):
 

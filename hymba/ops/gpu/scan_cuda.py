@@ -35,7 +35,8 @@ def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
         u.is_cuda and not INTERPRET and N == 16 and E % 8 == 0 and u.dtype == dt.dtype == gate.dtype
         and (u.dtype == torch.bfloat16 or (u.dtype == torch.float32 and not keep))
         and max(x.shape[i] * x.stride(i) * x.itemsize for x in (u, dt, gate) for i in (0, 1)) < 2**32
-        and u.shape[0] * u.shape[1] * E * 4 < 2**32
+        # indices of 32 bits: outputs, kept states, gradients of B and C, states
+        and u.shape[0] * 4 * max(u.shape[1] * max(E, 8 * N), (u.shape[1] + CHUNK) * E, N * E) < 2**32
         and torch.cuda.get_device_capability(u.device) >= (8, 0) and cuda.available()
         and chains >= LEAST * torch.cuda.get_device_properties(u.device).multi_processor_count
     )  # fmt: skip

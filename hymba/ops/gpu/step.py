@@ -257,7 +257,8 @@ def _scan_rows(
     x += row * x_row
     v = tl.load(u + row * E + e, mask=real_e, other=0.0)
     if ONE:
-        # the kernel before this one was the last to look at the state
+        # the kernel before this one was the last to look at the state; the program's own warps have all read it now
+        tl.debug_barrier()
         for tap in tl.static_range(KC - 2):
             tl.store(conv_state + tap * E + e, tl.load(conv_state + (tap + 1) * E + e, mask=real_e), mask=real_e)
         if KC > 1:

@@ -14,8 +14,10 @@
 //
 // Products are of 32-bit units: float, or a pair of bfloat16 where the processor has their dot product with float32
 // sums (AVX512_BF16). Left factors are read unit by unit, right factors in packed rows. Scores, exponentials, sums and
-// accumulators are float32; p and ds are rounded to bfloat16 in the second case only. Logarithms are to base 2.
+// accumulators are float32; p and ds are rounded to bfloat16 in the second case only. Logarithms are to base 2. Matrix tiles
+// take the two factors as they lie.
 #include "elementwise.h"
+#include "tiles.h"
 
 namespace hymba {
 namespace HYMBA_ISA {
@@ -30,7 +32,11 @@ constexpr int kCols = 4;  // 6 x 4 accumulators in 32 registers
 #endif
 constexpr int kTileRows = 6;
 constexpr int kRows = 128, kKeys = 128;     // a query block, a key block (forward)
-constexpr int kSlice = 24;                  // query rows that stay in the first cache between the two products
+#if defined(HYMBA_AMX)
+constexpr int kSlice = 32;                  // query rows that stay in the first cache between the two products
+#else
+constexpr int kSlice = 24;
+#endif
 constexpr int kSplit = 512;                 // keys in a unit of decoding
 constexpr int kMaxSources = 16;
 constexpr float kNothing = -1e30f;          // running maximum before any key
@@ -227,11 +233,88 @@ void product_rows(float* C, int64_t C_step, const float* left, int64_t left_step
     product_tile<Pairs, M, 1>(C + j, C_step, left, left_step, right + j, right_step, units, keep, add);
 }
 
+#if defined(HYMBA_AMX)
+// 16 rows (or the last few) and N <= 4 times 16 columns, for the units from `unit` on in steps of `step` <= 16, which divides
+// what is left of them: C = left right, plus C if `add`
+template <int N>
+void tile_columns(Tiles& tiles, float* C, int64_t C_step, const float* left, int64_t left_step, const float* right,
+                  int64_t right_step, int rows, int64_t unit, int64_t units, int step, bool add) {
+  const int64_t C_bytes = C_step * 4, left_bytes = left_step * 4, right_bytes = right_step * 4;
+  tiles.use(rows, 4 * step);
+  if (!add) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, C, C_bytes);
+    if constexpr (N > 1) _tile_loadd(1, C + 16, C_bytes);
+    if constexpr (N > 2) _tile_loadd(2, C + 32, C_bytes);
+    if constexpr (N > 3) _tile_loadd(3, C + 48, C_bytes);
+  }
+  for (int64_t u = unit; u < units; u += step) {
+    const float* r = right + u * right_step;
+    _tile_loadd(4, left + u, left_bytes);
+    _tile_loadd(5, r, right_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, r + 16, right_bytes);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, r + 32, right_bytes);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, r + 48, right_bytes);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, C, C_bytes);
+  if constexpr (N > 1) _tile_stored(1, C + 16, C_bytes);
+  if constexpr (N > 2) _tile_stored(2, C + 32, C_bytes);
+  if constexpr (N > 3) _tile_stored(3, C + 48, C_bytes);
+}
+
+void product_by_tiles(Tiles& tiles, float* C, int64_t C_step, const float* left, int64_t left_step, const float* right,
+                      int64_t right_step, int64_t rows, int64_t units, int64_t columns, bool add, const float* keep) {
+  if (keep)
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < columns; j += kW) store(C + i * C_step + j, load(C + i * C_step + j) * keep[i]);
+  written(C);
+  const int64_t whole = units / 16 * 16;
+  // whole steps first, then what is left of the units
+  for (int64_t unit = 0; unit < units; unit = unit < whole ? whole : units, add = true) {
+    const int64_t stop = unit < whole ? whole : units;
+    const int step = static_cast<int>(min<int64_t>(16, units - unit));
+    for (int64_t i = 0; i < rows; i += 16) {
+      const int n = static_cast<int>(min<int64_t>(16, rows - i));
+      const float* l = left + i * left_step;
+      for (int64_t j = 0; j < columns; j += 64) {
+        float* c = C + i * C_step + j;
+        const float* r = right + j;
+        switch (min<int64_t>(64, columns - j) / 16) {
+          case 1: tile_columns<1>(tiles, c, C_step, l, left_step, r, right_step, n, unit, stop, step, add); break;
+          case 2: tile_columns<2>(tiles, c, C_step, l, left_step, r, right_step, n, unit, stop, step, add); break;
+          case 3: tile_columns<3>(tiles, c, C_step, l, left_step, r, right_step, n, unit, stop, step, add); break;
+          default: tile_columns<4>(tiles, c, C_step, l, left_step, r, right_step, n, unit, stop, step, add); break;
+        }
+      }
+    }
+  }
+}
+#endif
+
 // C (rows, columns) = left (rows, units) right (units, columns), plus C if `add`, times keep (rows,) if that is given.
 // columns is a multiple of kW; steps are in floats.
 template <bool Pairs>
-void product(float* C, int64_t C_step, const float* left, int64_t left_step, const float* right, int64_t right_step,
+void product(Tiles& tiles, float* C, int64_t C_step, const float* left, int64_t left_step, const float* right, int64_t right_step,
              int64_t rows, int64_t units, int64_t columns, bool add, const float* keep = nullptr) {
+#if defined(HYMBA_AMX)
+  if constexpr (Pairs)
+    return product_by_tiles(tiles, C, C_step, left, left_step, right, right_step, rows, units, columns, add, keep);
+#endif
+  (void)tiles;
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows)
     product_rows<Pairs, kTileRows>(C + i * C_step, C_step, left + i * left_step, left_step, right, right_step, units,
@@ -351,6 +434,7 @@ template <class T>
 void forward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table, const Queries& q, int64_t g,
                   int64_t block0, int64_t block1, Partial out) {
   constexpr bool Pairs = kPairs<T>;
+  Tiles tiles;
   const int64_t rows = q.count * p.R, keys = table.block_keys;
   float* left = static_cast<float*>(scratch(0, rows * p.dk_padded * 4));
   float* kt = static_cast<float*>(scratch(1, p.dk_padded * keys * 4));
@@ -383,7 +467,7 @@ void forward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table, 
 
     for (int64_t row0 = 0; row0 < rows; row0 += kSlice) {
       const int64_t count = min<int64_t>(kSlice, rows - row0);
-      product<Pairs>(scores, keys, left + row0 * p.dk_padded, p.dk_padded, kt, keys, count, p.dk_units, columns, false);
+      product<Pairs>(tiles, scores, keys, left + row0 * p.dk_padded, p.dk_padded, kt, keys, count, p.dk_units, columns, false);
       if (see == See::kSome)
         for (int64_t i = 0; i < count; i++) {
           const int64_t t = q.first + (row0 + i) / p.R;
@@ -416,7 +500,7 @@ void forward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table, 
         out.sum[row0 + i] = out.sum[row0 + i] * keep[i] + sum(sums);
       }
       // in pairs, columns beyond an odd count are zero: their scores are masked
-      product<Pairs>(out.y + row0 * p.dv_padded, p.dv_padded, scores, keys, vs, p.dv_padded, count,
+      product<Pairs>(tiles, out.y + row0 * p.dv_padded, p.dv_padded, scores, keys, vs, p.dv_padded, count,
                      ceil_div(block.count, kUnit<T>), p.dv_padded, true, keep);
     }
   }
@@ -486,6 +570,7 @@ void backward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table,
                    int64_t part) {
   constexpr bool Pairs = kPairs<T>;
   constexpr int U = kUnit<T>;
+  Tiles tiles;
   const int64_t rows = q.count * p.R, keys = kKeysBack;
   const int64_t columns = round_up(rows, kW * U);           // queries as lanes; also whole units
   const int64_t dv_units = ceil_div(a.dv, U), dv_left = round_up(dv_units, kW);
@@ -555,8 +640,8 @@ void backward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table,
       units_of_row(kn + i * p.dk_padded, key<T>(a, block, q.b, g, i), a.dk, p.dk_padded);
       units_of_row(vn + i * dv_left, value<T>(a, block, q.b, g, i), a.dv, dv_left);
     }
-    product<Pairs>(st, columns, kn, p.dk_padded, qt, columns, n, p.dk_units, columns, false);
-    product<Pairs>(dpt, columns, vn, dv_left, gt, columns, n, dv_units, columns, false);
+    product<Pairs>(tiles, st, columns, kn, p.dk_padded, qt, columns, n, p.dk_units, columns, false);
+    product<Pairs>(tiles, dpt, columns, vn, dv_left, gt, columns, n, dv_units, columns, false);
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < columns; j += kW) {
         vf x = exp2(load(st + i * columns + j) * scale - load(lse + j));
@@ -570,8 +655,8 @@ void backward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table,
         store_elements<Pairs>(dst + i * stacked, j, ds);
       }
     const int64_t first = a.sources[block.source].first + block.first;
-    product<Pairs>(a.dv_out + (out + first) * dv_right, dv_right, pt, stacked, gs, dv_right, n, stacked, dv_right, true);
-    product<Pairs>(a.dk_out + (out + first) * dk_right, dk_right, dst, stacked, qs, dk_right, n, stacked, dk_right, true);
+    product<Pairs>(tiles, a.dv_out + (out + first) * dv_right, dv_right, pt, stacked, gs, dv_right, n, stacked, dv_right, true);
+    product<Pairs>(tiles, a.dk_out + (out + first) * dk_right, dk_right, dst, stacked, qs, dk_right, n, stacked, dk_right, true);
     // dq' (dk, queries) = k' (dk, keys) ds' (keys, queries)
     using Element = typename Select<Pairs, bf16, float>::type;
     stack_rows<Element>(dss, columns, [&](int64_t i) { return reinterpret_cast<const Element*>(dst + i * stacked); }, n, columns);
@@ -581,7 +666,7 @@ void backward_unit(const AttentionArgs& a, const Plan& p, const KeyTable& table,
       for (int64_t i = 0; i < n; i++) to[i] = reinterpret_cast<const Element*>(kn + i * p.dk_padded)[c];
       for (int64_t i = n; i < key_units * U; i++) put(to + i, 0);
     }
-    product<Pairs>(dqt, columns, kt, keys, dss, columns, a.dk, key_units, columns, true);
+    product<Pairs>(tiles, dqt, columns, kt, keys, dss, columns, a.dk, key_units, columns, true);
   }
   for (int64_t i = 0; i < rows; i++) {
     T* dq = static_cast<T*>(a.dq) + ((q.b * a.H + g * p.R + i % p.R) * a.T + q.first + i / p.R) * a.dk;

@@ -39,6 +39,8 @@ class Tiles {
  private:
   int rows_ = 0, bytes_ = 0;
 };
+#else
+class Tiles {};
 #endif
 
 }  // namespace HYMBA_ISA

@@ -104,9 +104,10 @@ def _print(model: str, config: HymbaConfig, facts: dict[str, Any]) -> None:
     )
     ours, all_of_it = facts["kv_ratio"], facts["rows_ratio"]
     times = lambda ratio: f"{ratio:,.2f}" if ratio < 1000 else f"{ratio:,.0f}"  # noqa: E731
-    ours = "" if ours is None else f" {times(ours)} times as large as ours{f' in {kv}' * (kv != dtype)},"
-    theirs = "Llama-3.2-3B's" + f" in {dtype}" * (kv != dtype)
-    print(f"  {theirs} are{ours} {times(all_of_it)} times all of a row")
+    ours = "" if ours is None else f" {times(ours)} times as large as ours,"
+    print(f"  Llama-3.2-3B's are{ours} {times(all_of_it)} times all of a row")
+    if kv != dtype:
+        print(f"  (theirs in {dtype}, ours in {kv})")
 
 
 def _outline(c: HymbaConfig) -> list[tuple[str, str]]:

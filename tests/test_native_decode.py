@@ -49,6 +49,14 @@ def as_before():
     torch.set_num_threads(threads)
 
 
+def wide_model() -> Hymba:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Hymba(WIDE)
+    randomise(model)
+    return model.eval()
+
+
 def in_bfloat16(model: Hymba) -> Hymba:
     """A copy of the model in bfloat16, as a checkpoint is loaded: A stays in float32."""
     model = copy.deepcopy(model)
@@ -107,11 +115,7 @@ def test_decoding_equals_the_model(changes, isa):
 def test_wide_heads_and_many_keys(lengths, isa):
     """Registers full, several chunks of keys, a ring that wraps inside a chunk."""
     library.use_isa(isa)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Hymba(WIDE)
-    randomise(model)
-    model.eval()
+    model = wide_model()
     ids = random_ids(len(lengths), 720, vocab_size=WIDE.vocab_size)
     one, other = (prefilled(model, lengths, ids, 720) for _ in range(2))
     assert_close(by_decoder(model, one, ids[:, :12]), by_model(model, other, ids[:, :12]))
@@ -211,11 +215,7 @@ def assert_same_codes(one: HymbaCache, other: HymbaCache) -> None:
 def test_many_keys_of_8_bits(lengths, isa):
     """As `test_wide_heads_and_many_keys`."""
     library.use_isa(isa)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Hymba(WIDE)
-    randomise(model)
-    model.eval()
+    model = wide_model()
     ids = random_ids(len(lengths), 720, vocab_size=WIDE.vocab_size)
     plain, one, other = (prefilled(model, lengths, ids, 720, kind) for kind in (None, "int8", "int8"))
     found, expected = by_decoder(model, one, ids[:, :12]), by_model(model, other, ids[:, :12])

@@ -12,6 +12,18 @@
 namespace hymba {
 namespace HYMBA_ISA {
 
+namespace {
+
+// rows first .. last - 1 of a batch, as `multiply` wants them beside int8 or int4 weights
+void quantise_for(const Matrix& w, const float* x, int64_t x_row, int64_t batch, int64_t first, int64_t last, void* input) {
+  if (w.format == kInt8)
+    quantise<false>(x, x_row, w.cols, batch, first, last, input);
+  else
+    quantise<true>(x, x_row, w.cols, batch, first, last, input);
+}
+
+}  // namespace
+
 int64_t input_bytes(int64_t cols, int64_t batch) {
   return round_up(dense_input_bytes(cols, batch), kCacheLine);  // more than the quantised form takes
 }
@@ -21,10 +33,8 @@ void prepare(const Matrix& w, const float* x, int64_t x_row, int64_t batch, void
     prepare_dense<float>(x, x_row, w.cols, batch, input);
   else if (w.format == kDenseBFloat16)
     prepare_dense<bf16>(x, x_row, w.cols, batch, input);
-  else if (w.format == kInt8)
-    quantise<false>(x, x_row, w.cols, batch, 0, batch, input);
   else
-    quantise<true>(x, x_row, w.cols, batch, 0, batch, input);
+    quantise_for(w, x, x_row, batch, 0, batch, input);
 }
 
 void multiply(const Matrix& w, const void* input, int64_t batch, int64_t first, int64_t last, float* y, int64_t y_row) {
@@ -88,10 +98,7 @@ void linear(const LinearArgs& a, int thread, int n_threads, void* input, int64_t
     const Range mine = split(batch, thread, n_threads);
     for (int64_t b = mine.first; b < mine.last; b++) {
       to_floats(row, x + (from + b) * w.cols, w.cols);
-      if (w.format == kInt8)
-        quantise<false>(row, w.cols, w.cols, batch, b, b + 1, input);
-      else
-        quantise<true>(row, w.cols, w.cols, batch, b, b + 1, input);
+      quantise_for(w, row, w.cols, batch, b, b + 1, input);
     }
     barrier(n_threads);
     for (int64_t r = first; r < last; r += kStrip) {

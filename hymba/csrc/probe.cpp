@@ -61,18 +61,32 @@ double peak_f32(int64_t rounds) {
   return 2.0 * 16 * kChains * rounds;
 }
 
-double peak_bf16(int64_t rounds) {
 #if defined(HYMBA_AMX)
+template <bool kInt8>
+double peak_tiles(int64_t rounds) {
   Tiles tiles;
   tiles.use(16, 64);  // and clears them
   rounds /= kTileRounds;
   for (int64_t i = 0; i < rounds; i++) {
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_dpbf16ps(1, 4, 5);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_dpbf16ps(3, 4, 5);
+    if constexpr (kInt8) {
+      _tile_dpbsud(0, 4, 5);
+      _tile_dpbsud(1, 4, 5);
+      _tile_dpbsud(2, 4, 5);
+      _tile_dpbsud(3, 4, 5);
+    } else {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
   }
-  return 2.0 * 16 * 16 * 32 * 4 * rounds;
+  return 2.0 * 16 * 16 * (kInt8 ? 64 : 32) * 4 * rounds;
+}
+#endif
+
+double peak_bf16(int64_t rounds) {
+#if defined(HYMBA_AMX)
+  return peak_tiles<false>(rounds);
 #elif defined(__AVX512BF16__)
   __m512 sum[kChains];
   for (int c = 0; c < kChains; c++) sum[c] = _mm512_setzero_ps();
@@ -92,16 +106,7 @@ double peak_bf16(int64_t rounds) {
 
 double peak_int8(int64_t rounds) {
 #if defined(HYMBA_AMX)
-  Tiles tiles;
-  tiles.use(16, 64);  // and clears them
-  rounds /= kTileRounds;
-  for (int64_t i = 0; i < rounds; i++) {
-    _tile_dpbsud(0, 4, 5);
-    _tile_dpbsud(1, 4, 5);
-    _tile_dpbsud(2, 4, 5);
-    _tile_dpbsud(3, 4, 5);
-  }
-  return 2.0 * 16 * 16 * 64 * 4 * rounds;
+  return peak_tiles<true>(rounds);
 #elif defined(__AVX512VNNI__)
   __m512i sum[kChains];
   for (int c = 0; c < kChains; c++) sum[c] = _mm512_setzero_si512();

@@ -97,7 +97,9 @@ class CachedLayer:
         else:
             if self.used:
                 old = self._stored(self.lengths, min(self.used, slots), dtype)
-                sources.append(old._replace(k=old.k.clone(), v=old.v.clone()))
+                if self.k_scale is None:  # the store itself, which is written below
+                    old = old._replace(k=old.k.clone(), v=old.v.clone())
+                sources.append(old)
             if self.k_scale is not None:
                 k, v, k_scale, v_scale = coded
                 new = new._replace(k=expand(k, k_scale, dtype), v=expand(v, v_scale, dtype))

@@ -27,7 +27,7 @@ import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
 from hymba.ops import gpu, reference  # noqa: E402
-from hymba.ops.gpu import cuda, decode, flex, scan_cuda, step  # noqa: E402
+from hymba.ops.gpu import blocks, cuda, decode, flex, scan_cuda, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -251,7 +251,7 @@ def test_blocks_of_attention(case, window):
     torch.manual_seed(0)
     positions, documents, where, owners = queries_and_keys(case)
     n_meta = where[0].shape[1]
-    mask = flex.block_mask(positions, where, documents, owners, window or flex.NO_WINDOW, n_meta)
+    mask = flex.block_mask(positions, where, documents, owners, window or blocks.NO_WINDOW, n_meta)
     rows, T, S = mask.shape[0], positions.shape[1], sum(x.shape[1] for x in where)
     see = torch.cat([visible(positions, x, window, n_meta).expand(rows, -1, -1) for x in where], dim=2)
     if documents is not None:

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hymba.ops.gpu.blocks import NO_WINDOW
 from hymba.ops.gpu.common import INTERPRET, LOG2E
-from hymba.ops.gpu.flex import NO_WINDOW
 from hymba.visibility import KeyValue
 
 BLOCK = 16 if INTERPRET else 64

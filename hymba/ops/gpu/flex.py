@@ -10,7 +10,7 @@ without TF32.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hymba.ops import chunked
+from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, chosen_first, places, touched
 from hymba.ops.gpu.common import needs_grad
-from hymba.visibility import EMPTY, KeyValue
+from hymba.visibility import KeyValue
 
 LEAST = 16  # width of a head that the compiled kernel takes
 BLOCK = 128  # queries and keys in a block
-NO_WINDOW = 2**30
 # tiles for heads of 64 and 128 on an H100, where the compiler's own choice takes twice the time forward
 HOPPER = {
     "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
     "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4,
     "bwd_num_stages": 2,
 }  # fmt: skip
-EVERYBODY = -1  # the document of keys that every document sees
 # pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
 FEW = 2**20
 # the same for rows of so few keys that blocks leave out little
@@ -85,20 +84,9 @@ def block_mask(
     window: int, n_meta: int,
 ) -> BlockMask:  # fmt: skip
     """positions: (B or 1, T), documents: (B, T), and of each source of keys: (B or 1, S), (B, S) or None"""
-    T, lengths = positions.shape[1], [x.shape[1] for x in where]
-    S = sum(lengths)
-    rows = max(x.shape[0] for x in (positions, *where) if x is not None) if documents is None else documents.shape[0]
-    q_at = positions.to(torch.int32)
-    k_at = torch.cat([x.to(torch.int32).expand(rows, -1) for x in where], dim=1)
-    q_doc = k_doc = None
-    if documents is not None:
-        q_doc = documents.to(torch.int32)
-        shared = [q_doc.new_full((1, n), EVERYBODY) for n in lengths]
-        k_doc = torch.cat(
-            [(a if x is None else x.to(torch.int32)).expand(rows, -1) for a, x in zip(shared, owners, strict=True)],
-            dim=1,
-        )
-    q_at = q_at.expand(rows, -1).contiguous()
+    at = places(positions, where, documents, owners)
+    q_at, k_at, q_doc, k_doc = at
+    rows = q_at.shape[0]
 
     def allowed(b, h, i, j):
         row = b if rows > 1 else 0
@@ -108,36 +96,8 @@ def block_mask(
             see = see & ((q_doc[row, i] == k_doc[row, j]) | (k_doc[row, j] == EVERYBODY))
         return see
 
-    # by block: least and greatest position, (rows, blocks of queries, 1) and (rows, 1, blocks of keys)
-    (q_min, q_max), (k_min, k_max) = (x.unsqueeze(-1) for x in _bounds(q_at)), (x.unsqueeze(-2) for x in _bounds(k_at))
-    some = (k_min <= q_max) & (k_min != EMPTY) & ((q_min - k_max <= window) | (k_min < n_meta))
-    full = (k_max <= q_min) & ((q_max - k_min <= window) | (k_max < n_meta))
-    full = full & _whole(T, q_at.device)[:, None] & _whole(S, q_at.device)
-    if q_doc is not None:
-        (q_min, q_max), (k_min, k_max) = (
-            (x.unsqueeze(-1) for x in _bounds(q_doc)),
-            (x.unsqueeze(-2) for x in _bounds(k_doc)),
-        )
-        some = some & ((k_min == EVERYBODY) | ((k_min <= q_max) & (q_min <= k_max)))
-        full = full & ((k_max == EVERYBODY) | ((k_min == k_max) & (k_min == q_min) & (k_min == q_max)))
-    full = full & some
-    ordered = partial(torch.argsort, dim=-1, descending=True, stable=True)
-    some, full = (x[:, None].to(torch.int32) for x in (some & ~full, full))
+    some, full = (x[:, None] for x in touched(at, window, n_meta, BLOCK, BLOCK))
     return BlockMask.from_kv_blocks(
-        some.sum(-1, dtype=torch.int32), ordered(some).to(torch.int32),
-        full.sum(-1, dtype=torch.int32), ordered(full).to(torch.int32),
-        BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, S),
+        *chosen_first(some & ~full), *chosen_first(full),
+        BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(q_at.shape[1], k_at.shape[1]),
     )  # fmt: skip
-
-
-def _bounds(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: (rows, S) -> least and greatest of every block, (rows, blocks) each"""
-    blocks = -(-x.shape[1] // BLOCK)
-    at = torch.arange(blocks * BLOCK, device=x.device).clamp(max=x.shape[1] - 1)
-    x = x[:, at].unflatten(1, (blocks, BLOCK))
-    return x.amin(-1), x.amax(-1)
-
-
-def _whole(n: int, device: torch.device) -> Tensor:
-    """Which of the blocks that n elements take are filled."""
-    return (torch.arange(-(-n // BLOCK), device=device) + 1) * BLOCK <= n

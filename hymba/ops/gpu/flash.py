@@ -82,39 +82,52 @@ def _where(at, x, n, other: tl.constexpr):
 
 
 @triton.jit
+def _softmax(
+    score, top, total, block, q_here, q_owner, k_at, k_doc, S, window, n_meta, scale,
+    BN: tl.constexpr, DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """-> probabilities up to a factor, what earlier ones are to be multiplied with, new maximum and sum"""
+    if MASKED:
+        s = block * BN + tl.arange(0, BN)
+        k_here = _where(s, k_at, S, NOBODY)
+        k_owner = _where(s, k_doc, S, 0) if DOCUMENTS else k_here
+        see = _see(
+            q_here[:, None], k_here[None, :], q_owner[:, None], k_owner[None, :],
+            _reach(k_here, window, n_meta)[None, :], DOCUMENTS,
+        )  # fmt: skip
+        score = tl.where(see, score, float("-inf"))
+    new = tl.maximum(top, tl.max(score, axis=1) * scale)
+    base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    p = tl.exp2(score * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    return p, shrink, new, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
 def _forward_walk(
-    acc, top, total, q_tile, q_here, q_owner, k, v, k_at, k_doc, listed, count, S, window, n_meta, k_step, v_step, scale,
+    acc, top, total, p, before, first, q_tile, q_here, q_owner, k, v, k_at, k_doc, listed, count,
+    S, window, n_meta, k_step, v_step, scale,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    block = tl.load(listed)
-    for i in range(0, count):
+    """p: probabilities of the block `before`, which meet their values while those of the next block are computed"""
+    bits: tl.constexpr = p.dtype
+    block = tl.load(listed + first)
+    for i in range(first, count):
         following = tl.load(listed + i + 1)
-        s = block * BN + tl.arange(0, BN)
-        k_tile = _tile(k, s, k_step, S, DK, BK, not MASKED)
-        v_tile = _tile(v, s, v_step, S, DV, BV, not MASKED)
+        n = tl.arange(0, BN)
+        k_tile = _tile(k, block * BN + n, k_step, S, DK, BK, not MASKED)
+        v_tile = _tile(v, before * BN + n, v_step, S, DV, BV)
         score = tl.dot(q_tile, tl.trans(k_tile))
-        if MASKED:
-            k_here = _where(s, k_at, S, NOBODY)
-            k_owner = _where(s, k_doc, S, 0) if DOCUMENTS else k_here
-            see = _see(
-                q_here[:, None],
-                k_here[None, :],
-                q_owner[:, None],
-                k_owner[None, :],
-                _reach(k_here, window, n_meta)[None, :],
-                DOCUMENTS,
-            )
-            score = tl.where(see, score, float("-inf"))
-        new = tl.maximum(top, tl.max(score, axis=1) * scale)
-        base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-        p = tl.exp2(score * scale - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
-        top = new
+        acc = tl.dot(p.to(v_tile.dtype, bitcast=True), v_tile, acc)
+        p_next, shrink, top, total = _softmax(
+            score, top, total, block, q_here, q_owner, k_at, k_doc, S, window, n_meta, scale, BN, DOCUMENTS, MASKED
+        )
+        acc *= shrink[:, None]
+        p = p_next.to(v_tile.dtype).to(bits, bitcast=True)
+        before = tl.load(listed + i)  # `block`; but a loop that hands a value on twice is not pipelined
         block = following
-    return acc, top, total
+    return acc, top, total, p, before
 
 
 @triton.jit
@@ -139,17 +152,30 @@ def _forward_kernel(
     k_at += row * mask_row * S
     k_doc += row * mask_row * S
     scale *= LOG2E
-    acc = tl.zeros((BM, BV), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc, top, total = _forward_walk(
-        acc, top, total, q_tile, q_here, q_owner, k, v, k_at, k_doc, some + mine * most, tl.load(some_n + mine),
+    # the first block; where none needs a mask, one behind the keys, of which nothing is seen
+    masked = tl.load(some_n + mine)
+    before = tl.where(masked > 0, tl.load(some + mine * most), most)
+    n = tl.arange(0, BN)
+    score = tl.dot(q_tile, tl.trans(_tile(k, before * BN + n, k_step, S, DK, BK)))
+    p, _, top, total = _softmax(
+        score, top, total, before, q_here, q_owner, k_at, k_doc, S, window, n_meta, scale, BN, DOCUMENTS, True
+    )
+    # carried as integers, so that the compiler leaves it in registers
+    bits: tl.constexpr = tl.int16 if v.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    p = p.to(v.dtype.element_ty).to(bits, bitcast=True)
+    acc = tl.zeros((BM, BV), tl.float32)
+    acc, top, total, p, before = _forward_walk(
+        acc, top, total, p, before, 1, q_tile, q_here, q_owner, k, v, k_at, k_doc, some + mine * most, masked,
         S, window, n_meta, k_step, v_step, scale, DK, DV, BK, BV, BN, DOCUMENTS, True,
     )  # fmt: skip
-    acc, top, total = _forward_walk(
-        acc, top, total, q_tile, q_here, q_owner, k, v, k_at, k_doc, full + mine * most, tl.load(full_n + mine),
+    acc, top, total, p, before = _forward_walk(
+        acc, top, total, p, before, 0, q_tile, q_here, q_owner, k, v, k_at, k_doc, full + mine * most,
+        tl.load(full_n + mine),
         S, window, n_meta, k_step, v_step, scale, DK, DV, BK, BV, BN, DOCUMENTS, False,
     )  # fmt: skip
+    acc = tl.dot(p.to(v.dtype.element_ty, bitcast=True), _tile(v, before * BN + n, v_step, S, DV, BV), acc)
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     _store(y + (row * T * H + head) * DV, at, H * DV, T, acc, DV, BV)
@@ -171,6 +197,7 @@ def _queries_walk(
         k_tile = _tile(k, s, k_step, S, DK, BK, not MASKED)
         v_tile = _tile(v, s, v_step, S, DV, BV, not MASKED)
         score = tl.dot(q_tile, tl.trans(k_tile))
+        dp = tl.dot(dy_tile, tl.trans(v_tile))
         p = tl.exp2(score * scale - lse_here[:, None])
         if MASKED:
             k_here = _where(s, k_at, S, NOBODY)
@@ -184,7 +211,6 @@ def _queries_walk(
                 DOCUMENTS,
             )
             p = tl.where(see, p, 0.0)
-        dp = tl.dot(dy_tile, tl.trans(v_tile))
         ds = p * (dp - delta_here[:, None])
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc)
         block = following
@@ -249,6 +275,7 @@ def _keys_walk(
         lse_here = _where(t, lse + head * T, T, float("inf")) if MASKED else tl.load(lse + head * T + t)
         delta_here = _where(t, delta + head * T, T, 0.0) if MASKED else tl.load(delta + head * T + t)
         score = tl.dot(k_tile, tl.trans(q_tile))
+        dp = tl.dot(v_tile, tl.trans(dy_tile))
         p = tl.exp2(score * scale - lse_here[None, :])
         if MASKED:
             q_here = _where(t, q_at, T, -1)
@@ -263,7 +290,6 @@ def _keys_walk(
             )
             p = tl.where(see, p, 0.0)
         acc_v = tl.dot(p.to(dy_tile.dtype), dy_tile, acc_v)
-        dp = tl.dot(v_tile, tl.trans(dy_tile))
         ds = p * (dp - delta_here[None, :])
         acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k)
         block = following

@@ -130,7 +130,7 @@ def _forward_walk(
     return acc, top, total, p, before
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "n_meta"])
 def _forward_kernel(
     q, k, v, q_at, k_at, q_doc, k_doc, order, some_n, some, full_n, full, y, lse,
     T, S, H, window, n_meta, scale,
@@ -217,7 +217,7 @@ def _queries_walk(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "n_meta"])
 def _queries_kernel(
     q, k, v, y, dy, q_at, k_at, q_doc, k_doc, order, some_n, some, full_n, full, lse, delta, dq,
     T, S, H, window, n_meta, scale,
@@ -296,7 +296,7 @@ def _keys_walk(
     return acc_k, acc_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "n_meta"])
 def _keys_kernel(
     q, k, v, dy, q_at, k_at, q_doc, k_doc, order, some_n, some, full_n, full, lse, delta, dk, dv,
     T, S, H, window, n_meta, scale,

@@ -588,8 +588,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
             }
             __syncwarp();
         };
+        float2 ahead;  // delta of the next step: stores to memory keep the compiler from asking for it earlier
         auto step = [&](int i, float (*a)[4]) {
-            my.decay(h, shared.deltas[warp][i][g], a);
+            float2 now = i == 0 ? shared.deltas[warp][0][g] : ahead;
+            if (i < GROUP - 1) ahead = shared.deltas[warp][i + 1][g];
+            my.decay(h, now, a);
             for (int j = 0; j < 2; j++) mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
         };
 
@@ -663,7 +666,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                     };
                     float a[2][4];
                     for (int j = 0; j < 2; j++) unpacked(a[j], shared.decays[i][j][threadIdx.x]);
-                    __syncwarp();  // sums of this step come in their place
+                    float2 step_delta = shared.deltas[warp][i][g];
+                    __syncwarp();  // sums of this step come in the place of its decays
                     over_states(UNGATED, states[i + 1], c_of);
                     over_channels(1, states[i + 1], gradient_of);
                     for (int j = 0; j < 2; j++)
@@ -678,7 +682,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                             from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
                     bool begins_here = STARTS && (begins >> i & 1);
                     if (begins_here) my.read(from, state, row * state_row);
-                    float2 step_delta = shared.deltas[warp][i][g];
                     float sum[2] = {}, d[4];
                     for (int j = 0; j < 2; j++) {
                         for (int k = 0; k < 4; k++) {

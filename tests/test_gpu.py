@@ -194,6 +194,7 @@ def test_elementwise(rows):
         for a, b in zip(actual, expected, strict=True):
             assert_near(a.cpu(), b, bound, f"rotate {x.dtype}")
     assert_as_reference("gated_silu", [randn(2, 7, 33), randn(2, 7, 33)])
+    assert_as_reference("gated_linear", [randn(2, 7, 20), randn(33, 20), randn(33, 20)])
 
 
 @pytest.mark.parametrize("V", [2, 16, 37])

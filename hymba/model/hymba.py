@@ -27,7 +27,7 @@ from hymba.model.attention import Attention
 from hymba.model.cache import KINDS, CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
 from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
-from hymba.model.mamba import Mamba, Mamba2
+from hymba.model.mamba import Mamba, Mamba2, is_plain
 from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
@@ -88,8 +88,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        return self.down_proj(ops.gated_silu(self.gate_proj(x), up) if self.gated else F.relu(up).square())
+        if not self.gated:
+            return self.down_proj(F.relu(self.up_proj(x)).square())
+        if is_plain(self.gate_proj) and is_plain(self.up_proj):
+            return self.down_proj(ops.gated_linear(x, self.gate_proj.weight, self.up_proj.weight))
+        return self.down_proj(ops.gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -12,7 +12,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +115,8 @@ def emulated(name: str, macros: tuple) -> ctypes.CDLL:
         (
             f'#include "{Path(__file__).with_name("emulate_cuda.h")}"',
             f'#include "{scan_cuda.SOURCE}"',
-            f'extern "C" void launch(void** arguments, int blocks, int threads) {{ run({name}, arguments, blocks, threads); }}',
+            'extern "C" void launch(void** arguments, int blocks, int threads) '
+            f"{{ run({name}, arguments, blocks, threads); }}",
         )
     )
     with TemporaryDirectory() as folder:

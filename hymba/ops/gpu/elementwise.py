@@ -83,9 +83,7 @@ rotate_forward.register_autograd(_rotate_backward, setup_context=_rotate_setup)
 
 
 @triton.jit
-def _gated_kernel(
-    gate, up, dy, out, dup, n, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
-):
+def _gated_kernel(gate, up, dy, out, dup, n, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
     """out_row: from a row of `out` or `dup`, which has WIDTH elements, to the next one"""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = i < n

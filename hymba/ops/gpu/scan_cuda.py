@@ -126,7 +126,8 @@ def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy,
     cuda.launch(
         SOURCE, "scan_backward", _macros(u, dt_bias, starts, False), blocks, THREADS, BACKWARD_SHARED,
         [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast.contiguous(), du, ddt, dgate, dBC,
-         dbias, dA, dD, dstate, carry, flags, rows, T, E, *strides(u, dt, gate, dy), state_row(state), per_row, stretch],
+         dbias, dA, dD, dstate, carry, flags, rows, T, E, *strides(u, dt, gate, dy), state_row(state), per_row,
+         stretch],
     )  # fmt: skip
     if state.shape[0] != rows:
         dstate = dstate.sum(0, keepdim=True)

@@ -1,6 +1,6 @@
-// Runs the CUDA C++ of a kernel on a CPU, a fiber for each thread of one block: for tests without a GPU. What threads
-// of a warp do together is done here when the last of them has arrived; memory is simply shared. Blocks that would run
-// side by side are not there, so a kernel must be one whose blocks draw their work.
+// Runs the CUDA C++ of a kernel on a CPU, a fiber for each thread of a block: for tests without a GPU. What threads
+// of a warp do together is done here when the last of them has arrived; memory is simply shared. Blocks run one after
+// the other, so a kernel must be one in which a block waits for earlier ones only.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -35,7 +35,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static ucontext_t home;
 static int current;
-static Index threadIdx;
+static Index threadIdx, blockIdx;
 
 static void pause() {  // the next thread's turn
     int me = current;
@@ -60,8 +60,6 @@ static void wait(Barrier& barrier, int threads) {
 }
 static void __syncwarp() { wait(of_warp[threadIdx.x / 32], 32); }
 static void __syncthreads() { wait(of_block, fibers.size()); }
-static void __threadfence() {}
-static int atomicAdd(int* x, int n) { int old = *x; *x += n; return old; }
 
 // what every lane gives, seen by all of them
 template <class V> static std::vector<V> gathered(V mine) {
@@ -84,6 +82,7 @@ static uint32_t __ballot_sync(uint32_t, bool x) {
 
 static float real(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 static uint32_t bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
+template <class X> static void keep(X&) {}
 static float ex2(float x) { return std::exp2(x); }
 static float rcp(float x) { return 1.0f / x; }
 static float tanh_(float x) { return std::tanh(x); }
@@ -161,21 +160,23 @@ static void enter() {
     setcontext(&home);
 }
 
-// run kernel(arguments...) with one block of `threads`
+// run kernel(arguments...) with `blocks` of `threads`
 template <class... P, size_t... I>
-static void run(void (*kernel)(P...), void** arguments, int threads, std::index_sequence<I...>) {
+static void run(void (*kernel)(P...), void** arguments, int blocks, int threads, std::index_sequence<I...>) {
     body = [=] { kernel(*(P*)arguments[I]...); };
-    fibers = std::vector<Fiber>(threads);
-    for (auto& fiber : fibers) {
-        fiber.stack.resize(1 << 18);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        makecontext(&fiber.context, enter, 0);
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+        fibers = std::vector<Fiber>(threads);
+        for (auto& fiber : fibers) {
+            fiber.stack.resize(1 << 18);
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_size = fiber.stack.size();
+            makecontext(&fiber.context, enter, 0);
+        }
+        current = threadIdx.x = 0;
+        swapcontext(&home, &fibers[0].context);
     }
-    current = threadIdx.x = 0;
-    swapcontext(&home, &fibers[0].context);
 }
-template <class... P> static void run(void (*kernel)(P...), void** arguments, int threads) {
-    run(kernel, arguments, threads, std::index_sequence_for<P...>());
+template <class... P> static void run(void (*kernel)(P...), void** arguments, int blocks, int threads) {
+    run(kernel, arguments, blocks, threads, std::index_sequence_for<P...>());
 }

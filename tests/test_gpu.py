@@ -12,7 +12,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +115,8 @@ def emulated(name: str, macros: tuple) -> ctypes.CDLL:
         (
             f'#include "{Path(__file__).with_name("emulate_cuda.h")}"',
             f'#include "{scan_cuda.SOURCE}"',
-            f'extern "C" void launch(void** arguments, int threads) {{ run({name}, arguments, threads); }}',
+            'extern "C" void launch(void** arguments, int blocks, int threads) '
+            f"{{ run({name}, arguments, blocks, threads); }}",
         )
     )
     with TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def emulated(name: str, macros: tuple) -> ctypes.CDLL:
 
 @pytest.fixture
 def cuda_on_cpu(monkeypatch):
-    """scan.cu without a GPU, in short segments of time."""
+    """scan.cu without a GPU, with room for five blocks, which divide what is more."""
 
     def launch(file, name, macros, blocks, threads, shared, arguments):
         values = [
@@ -136,15 +136,14 @@ def cuda_on_cpu(monkeypatch):
             for x in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        emulated(name, tuple(sorted(macros.items()))).launch(pointers, threads)
+        emulated(name, tuple(sorted(macros.items()))).launch(pointers, blocks, threads)
 
     def fits(u, dt, gate, A, keep):
         return u.dtype == torch.bfloat16 or not keep
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(scan_cuda, "fits", fits)
-    monkeypatch.setattr(scan_cuda, "SPAN", 32)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+    monkeypatch.setattr(scan_cuda, "_room", lambda device: 5)
 
 
 @pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
@@ -153,8 +152,8 @@ def cuda_on_cpu(monkeypatch):
     [
         (1, 1, 16, {}),
         (2, 19, 40, {}),
-        (1, 70, 200, {}),  # several segments of time, blocks of warps with and without channels
-        (3, 77, 72, {"documents": True, "padded": True, "shared": False}),
+        (1, 70, 400, {}),  # a chain begun by one block and ended by another; warps with and without channels
+        (3, 77, 136, {"documents": True, "padded": True, "shared": False}),
     ],
 )
 def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
@@ -195,6 +194,7 @@ def test_elementwise(rows):
         for a, b in zip(actual, expected, strict=True):
             assert_near(a.cpu(), b, bound, f"rotate {x.dtype}")
     assert_as_reference("gated_silu", [randn(2, 7, 33), randn(2, 7, 33)])
+    assert_as_reference("gated_linear", [randn(2, 7, 20), randn(33, 20), randn(33, 20)])
 
 
 @pytest.mark.parametrize("V", [2, 16, 37])

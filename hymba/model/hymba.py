@@ -12,7 +12,7 @@ leave in each layer (keys, values, conv and SSM state) is where every row, and e
 the "learned initialisation" of cache and state that the paper describes (section 2.3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from hymba.model.attention import Attention
 from hymba.model.cache import KINDS, CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
 from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
-from hymba.model.mamba import Mamba, Mamba2
+from hymba.model.mamba import Mamba, Mamba2, is_plain
 from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.visibility import KeyValue
@@ -88,8 +88,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        return self.down_proj(ops.gated_silu(self.gate_proj(x), up) if self.gated else F.relu(up).square())
+        if not self.gated:
+            return self.down_proj(F.relu(self.up_proj(x)).square())
+        if is_plain(self.gate_proj) and is_plain(self.up_proj):
+            return self.down_proj(ops.gated_linear(x, self.gate_proj.weight, self.up_proj.weight))
+        return self.down_proj(ops.gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -240,8 +243,8 @@ class Hymba(nn.Module):
         if cache is None:
             before = torch.zeros(1, dtype=torch.int64, device=device)
             after = before + T if lengths is None else lengths
-            meta = self.meta_states(M + after)
-            past = meta
+            recording = self.meta_tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+            past = (self._meta_beside if recording else self._meta_layers)(M + after)
         else:
             used = int(cache.lengths.max())
             before = cache.lengths.to(device)
@@ -267,6 +270,9 @@ class Hymba(nn.Module):
         lengths: (B or 1,) of the rows with meta tokens, which only matter to rope='dynamic_ntk' -> states of batch 1,
         or of batch B under dynamic_ntk
         """
+        return list(self._meta_layers(lengths))
+
+    def _meta_layers(self, lengths: Tensor) -> Iterator[LayerState]:
         c, like = self.config, self.meta_tokens
         if c.rope != "dynamic_ntk":
             lengths = lengths[:1]
@@ -274,15 +280,37 @@ class Hymba(nn.Module):
         ssm = torch.zeros(1, c.d_inner, c.d_state, device=like.device)
         nothing = [LayerState(conv, ssm, None) if plan.recurs else LayerState(None, None, None) for plan in c.layers]
         if c.n_meta == 0:
-            return nothing
+            yield from nothing
+            return
         positions = torch.arange(c.n_meta, device=like.device)[None]
         layout = Layout(positions, *self.rope(positions, lengths))
-        x = like.expand(lengths.shape[0], -1, -1)
-        _, *states = self._run(x, layout, nothing)
-        return [state for _, state in states]
+        layers = self._run(like.expand(lengths.shape[0], -1, -1), layout, nothing)
+        next(layers)  # the embeddings
+        for _, state in layers:
+            yield state
+
+    def _meta_beside(self, lengths: Tensor) -> Iterator[LayerState]:
+        """`meta_states` in a CUDA graph that is being recorded, as a branch of its own: kernels for so few tokens leave
+        most of the card free, and run beside the text's, forward and backward.
+
+        Layer by layer, each just before the text's: the backward pass issues operations in the reverse of this order,
+        and where one hands a gradient to the other stream, that stream waits for all that was issued before. Weights
+        are first used here, so their gradients are added up in this branch, and the text never waits for it.
+        """
+        text, meta = torch.cuda.current_stream(), torch.cuda.Stream()
+        meta.wait_stream(text)
+        layers = self._meta_layers(lengths)
+        for _ in self.blocks:
+            with torch.cuda.stream(meta):
+                state = next(layers)
+            text.wait_stream(meta)
+            for x in (state.conv, state.ssm, *(state.meta or ())):
+                if x is not None:
+                    x.record_stream(text)
+            yield state
 
     def _run(
-        self, x: Tensor, layout: Layout, past: list[LayerState] | list[CachedLayer], dropout: float = 0.0
+        self, x: Tensor, layout: Layout, past: Iterable[LayerState] | list[CachedLayer], dropout: float = 0.0
     ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
         """All blocks; what is yielded is described in `layer_outputs`."""
         yield x, None

@@ -62,8 +62,7 @@ class Mamba(nn.Module):
         """
         after = conv_tail(conv_state, u, layout.lengths)
         u = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
-        plain = type(self.x_proj) is nn.Linear  # neither quantised nor adapted
-        low = ops.linear(u, self.x_proj.weight) if plain else self.x_proj(u)
+        low = ops.linear(u, self.x_proj.weight) if is_plain(self.x_proj) else self.x_proj(u)
         dt, B, C = low.split(self.widths, dim=-1)
         dt = ops.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
         A = -torch.exp(self.A_log.float())
@@ -123,6 +122,11 @@ class Mamba2(nn.Module):
             ssm_state.unflatten(1, (heads, -1)), layout.starts, layout.lengths,
         )  # fmt: skip
         return self.norm(y.flatten(2)), after, state.flatten(1, 2)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing else: neither quantised nor adapted."""
+    return type(module) is nn.Linear
 
 
 def _init_conv(weight: Tensor, bias: Tensor) -> None:

@@ -152,6 +152,10 @@ def rotate(x, cos, sin):
     return backend(x).rotate(x, cos, sin)
 
 
+def gated_linear(x, gate, up):
+    return backend(x).gated_linear(x, gate, up)
+
+
 def gated_silu(gate, up):
     return backend(gate).gated_silu(gate, up)
 
@@ -166,7 +170,7 @@ def cross_entropy_(logits, targets, ignored):
 
 _NAMES = (
     "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate",
-    "gated_silu", "linear", "cross_entropy_",
+    "gated_linear", "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -20,6 +20,7 @@ from hymba.ops.reference import (
     causal_conv,
     cross_entropy_,
     float32_inside,
+    gated_linear,
     gated_silu,
     linear,
     mean_of_norms,
@@ -29,8 +30,8 @@ from hymba.ops.reference import (
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
-    "attention", "branch_norm", "causal_conv", "cross_entropy_", "gated_silu", "linear", "mean_of_norms", "rms_norm",
-    "rotate", "selective_scan", "ssd",
+    "attention", "branch_norm", "causal_conv", "cross_entropy_", "gated_linear", "gated_silu", "linear",
+    "mean_of_norms", "rms_norm", "rotate", "selective_scan", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

@@ -212,6 +212,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate x) (up x), the first half of a gated MLP. x: (..., D), gate, up: (F, D) -> (..., F)"""
+    return gated_silu(F.linear(x, gate), F.linear(x, up))
+
+
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) up, for two tensors of one shape and type."""
     return F.silu(gate) * up

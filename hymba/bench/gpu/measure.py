@@ -4,7 +4,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -83,6 +85,13 @@ def largest(batch: int, measure: Callable[[int], dict]) -> dict:
         if batch == 1:
             return {"batch": 0}
         batch //= 2
+
+
+def apart(work: Callable, *arguments: object) -> object:
+    """work(*arguments) in a process of its own: what fails there while a graph is captured spoils nothing here."""
+    free()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def by_importance(batches: list[int]) -> list[int]:

@@ -1,25 +1,28 @@
 """Peers of `transformers` on the same card: random bfloat16 weights made there, filled caches.
 
-Each gets the fastest setting that library has without packages that are compiled from source: Llama its static cache
-under `torch.compile` with CUDA graphs. Falcon-H1 and Mamba meet a step of plain PyTorch operations there when
-mamba-ssm and causal-conv1d are absent; it is captured in a CUDA graph as it is, which spares them the launches, and
-which `generate` does not do. Their prompts go through the scans that the library falls back to.
+Each gets the fastest setting that library has: Llama its static cache under `torch.compile` with CUDA graphs. A step
+of Falcon-H1 and Mamba is captured in a CUDA graph as it is, which spares them the launches, and which `generate` does
+not do. It takes the operators of mamba-ssm and causal-conv1d where they are installed, or else plain PyTorch
+operations; so do their prompts.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
-from hymba.bench.gpu.measure import GPU, by_importance, captured, free, largest, shown, timed
+from hymba.bench.gpu.measure import GPU, apart, by_importance, captured, free, largest, shown, timed
 from hymba.bench.gpu.models import CONTEXT, STEPS
 from hymba.bench.peers.shapes import SHAPES, Shape
 
 PEERS = ("llama-3b", "llama-1b", "falcon-h1", "mamba")
-# tokens of a prompt and rows; Mamba's falls back to a loop over time, whose cost a token does not depend on the length
-PROMPTS = {"llama": (CONTEXT, 1), "falcon_h1": (CONTEXT, 1), "mamba": (256, 1)}
+# tokens of Mamba's prompt where it falls back to a loop over time, whose cost a token does not depend on the length
+LOOPED = 256
+OPERATORS = ("mamba_ssm", "causal_conv1d")
 STATES = ("conv_states", "recurrent_states")
 
 
@@ -30,30 +33,38 @@ def peers(batches: list[int], deadline: float) -> dict[str, dict]:
     except ImportError:
         print("  transformers is not installed: no peers")
         return {}
-    transformers.logging.set_verbosity_error()
-    for name in ("mamba_ssm", "causal_conv1d"):
-        try:
-            __import__(name)
-        except ImportError:
-            print(f"  {name} is not installed: Falcon-H1 and Mamba take the operations that transformers has instead")
+    print(f"  transformers {transformers.__version__}, Falcon-H1 and Mamba with " + " and ".join(
+        f"{name} {version(name)}" if _installed(name) else f"plain operations instead of {name}" for name in OPERATORS
+    ), flush=True)  # fmt: skip
     tables: dict[str, dict] = {}
     for i, key in enumerate(PEERS):
         # the time left is divided among those that are left
-        until = time.perf_counter() + (deadline - time.perf_counter()) / (len(PEERS) - i)
+        seconds = (deadline - time.perf_counter()) / (len(PEERS) - i)
         shape = SHAPES[key]
         try:
-            tables[shape.name] = _peer(shape, batches, until)
+            tables[shape.name] = apart(_peer, shape, batches, seconds)
         except Exception as error:  # one peer must not cost the others
             print(f"  {shape.name} failed: {type(error).__name__} {str(error)[:300]}", flush=True)
-        free()
     return tables
 
 
+def _installed(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
 @torch.no_grad()
-def _peer(shape: Shape, batches: list[int], deadline: float) -> dict:
+def _peer(shape: Shape, batches: list[int], seconds: float) -> dict:
+    import transformers
+
+    deadline = time.perf_counter() + seconds
+    transformers.logging.set_verbosity_error()
     model = _model(shape)
     table: dict[str, object] = {"decode": [], "prefill": None}
-    length, rows = PROMPTS[shape.kind]
+    length, rows = LOOPED if shape.kind == "mamba" and not _installed("mamba_ssm") else CONTEXT, 1
     try:
         table["prefill"] = {"tokens": length, "batch": rows, **_prefill(model, length, rows)}
         print(f"  {shape.name}, prefill: {shown(table['prefill'])}", flush=True)
@@ -169,6 +180,6 @@ def _repeat(layer: object, batch: int) -> None:
 
 def _without_launches(step: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
     with suppress(RuntimeError):  # it may wait for the card somewhere, which a graph cannot
-        return captured(step), "static cache, plain operations in a CUDA graph"
+        return captured(step), "static cache, a CUDA graph"
     torch.cuda.synchronize()
-    return step, "static cache, plain operations"
+    return step, "static cache"

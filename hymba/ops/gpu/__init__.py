@@ -19,7 +19,7 @@ from hymba.ops.gpu import flex
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
-from hymba.ops.gpu.elementwise import gated_silu_forward, rotate_forward
+from hymba.ops.gpu.elementwise import GatedLinear, gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
 from hymba.ops.gpu.norm import BranchNorm, mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
@@ -109,6 +109,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if across or down:
         weight = F.pad(weight, (0, across, 0, down))
     return F.linear(F.pad(x, (0, across)) if across else x, weight)[..., :out]
+
+
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return reference.gated_linear(x, gate, up)
+    if not needs_grad(x, gate, up):
+        return gated_silu_forward(F.linear(x, gate), F.linear(x, up))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return GatedLinear.apply(x.to(dtype), gate.to(dtype), up.to(dtype))
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

@@ -13,11 +13,11 @@
 // multiplies in TF32 what is added to a state, and in bfloat16 what is summed for an output; for float32 inputs
 // multiply-adds and shuffles take its place.
 //
-// Balance. 8 rows of 3200 channels are 1600 warps, and an H100 has 528 schedulers: one wave is a third too long. So
-// time is cut into segments, and resident warps draw (segment, chain) tickets, all first segments before any second
-// one. The state goes from segment to segment through memory behind a flag. A ticket waits only for one drawn before.
+// A block of 4 warps walks along chains, 64 channels of a row each. Inputs come to shared memory by asynchronous copies
+// of 16 bytes, whole lines of 128 bytes together, some groups ahead.
 //
-// Inputs come to shared memory by asynchronous copies of 16 bytes, two groups ahead.
+// Balance. 8 rows of 3200 channels are 400 chains, and an H100 has room for 396 blocks: one each would leave it nearly
+// idle half of the time. So chains lie end to end and are cut into equal stretches, one for each block (`Parts`).
 //
 // The exponential unit takes 8 cycles for a warp, as long as 8 other instructions. POLYNOMIAL of a lane's 8
 // exponentials are computed by multiply-adds instead.
@@ -25,8 +25,9 @@
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define GROUP 8
-#define CHUNK 16  // steps between kept states
-#define WARPS 4   // of a block, which may be launched with fewer
+#define CHUNK 16  // steps between kept states: two groups
+#define WARPS 4   // of a block
+#define THREADS (32 * WARPS)
 #ifndef POLYNOMIAL
 #define POLYNOMIAL 1
 #endif
@@ -84,6 +85,10 @@ __device__ inline void write_flag(int* flag, int value) {
 }
 __device__ inline float4 read_far(const float4* x) { return __ldcg(x); }  // another multiprocessor may have written it
 __device__ inline void pause() {}
+// computed once: the compiler would rather do it again in every group
+__device__ inline void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(int& x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(const char*& x) { asm volatile("" : "+l"(x)); }
 // 16 bytes to shared memory, zeros unless `real`
 __device__ inline void copy16(void* to, const char* from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -120,6 +125,9 @@ __device__ inline pair packed(float a, float b) { return make_float2(a, b); }
 __device__ inline pair packed(float a, float b) { return bf16_pair(a, b); }
 #endif
 
+__device__ inline float4 packed4(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
+__device__ inline void unpacked(float* to, float4 x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
+
 // rounded to what the matrix unit takes, which cuts off the rest
 __device__ inline u32 tf32(float x) { return bits(x) + 0x1000; }
 
@@ -139,10 +147,9 @@ __device__ inline float sigmoid(float x) {
 #endif
 }
 
-// log(1 + exp(x)), and its derivative
-__device__ inline float softplus(float x, float* slope) {
+// log(1 + exp(x))
+__device__ inline float softplus(float x) {
     float e = ex2(-LOG2E * fabsf(x));
-    if (slope) *slope = rcp(1.0f + e) * (x < 0.0f ? e : 1.0f);
 #if TYPE == 0
     // 2 atanh(z): the unit's logarithm has an absolute error, which near 1, where small steps live, is a large relative one
     float z = e * rcp(2.0f + e), s = z * z;
@@ -217,53 +224,132 @@ struct Lane {
 
 // A mask instead of a choice: with a choice before a product of matrices, the compiler may put the product into both of
 // its branches, where lanes of a warp wait for each other for ever.
-__device__ inline u32 only(bool chosen) { return 0u - (u32)chosen; }
+__device__ inline u32 only(bool chosen) {
+    u32 mask = 0u - (u32)chosen;
+    keep(mask);
+    return mask;
+}
+__device__ inline float choice(u32 mask, float a, float b) { return real((bits(a) & mask) | (bits(b) & ~mask)); }
 // delta where a step counts, 0 where it does not, whatever stands there
 __device__ inline float kept_if(bool counts, float delta) { return real(bits(delta) & only(counts)); }
 
-// Inputs of a group of steps, of one warp's channels. Even steps come first: lanes then read different banks.
-enum Input { DT, U, GATE, B_, C_, DY };
-template <int INPUTS> struct alignas(16) Stage {
-    element x[INPUTS][GROUP][16];
+// Parts of chains that a block walks, one after the other. Chains, `length` steps each, lie end to end, and a block has a
+// stretch of them, no shorter than one. It starts with the beginning of the chain in which its stretch ends, and leaves
+// the state there behind a flag; last comes the rest of the chain in which its stretch begins, whose beginning the block
+// before has walked first of all, and long ago. So hardly anybody waits, and nobody for a block that comes later.
+struct Parts {
+    int length, first, offset, stop, rest, number;
+    int chain, begin, end;                  // the part at hand, in steps from where walks along its chain begin
 
-    static __device__ int slot(int step) { return (step & 1) * 4 + step / 2; }
-    // of step 2 q + half, channels 2 g and 2 g + 1
-    __device__ pair channels(Input which, int half, int q, int g) const { return *(const pair*)&x[which][half * 4 + q][2 * g]; }
-    // of step 2 q + half, state 8 j + g
-    __device__ float state(Input which, int half, int q, int j, int g) const { return value(x[which][half * 4 + q][8 * j + g]); }
-    // of any step, states n and n + 1
-    __device__ pair states(Input which, int step, int n) const { return *(const pair*)&x[which][slot(step)][n]; }
+    __device__ Parts(int chains, int length, int stretch) : length(length) {
+        int from = min((int)blockIdx.x * stretch, chains * length), to = min(from + stretch, chains * length);
+        first = from / length, offset = from % length, stop = to / length, rest = to % length;
+        number = rest ? -1 : 0;
+    }
+    __device__ bool next() {
+        int whole = first + (offset > 0), n = number++;
+        begin = 0, end = length;
+        if (n < 0) {
+            chain = stop, end = rest;
+            return true;
+        }
+        chain = whole + n;
+        if (chain < stop) return true;
+        // the rest of the first chain, once
+        begin = offset, offset = 0;
+        chain = first;
+        return begin > 0;
+    }
+    // until the block before has left what is carried along the chain
+    __device__ void wait(const int* flags) const {
+        if (threadIdx.x == 0)
+            while (read_flag(flags + chain) == 0) pause();
+        __syncthreads();
+    }
+    __device__ void leave(int* flags) const {
+        __syncthreads();
+        if (threadIdx.x == 0) write_flag(flags + chain, 1);
+    }
 };
 
-// copies inputs to a stage, 16 bytes a lane
-template <int INPUTS> struct Loader {
-    static const int PIECES = GROUP * 16 * sizeof(element) / 16, COPIES = (INPUTS * PIECES + 31) / 32;
-    const char* from[COPIES];
-    u32 step[COPIES];  // bytes
-    bool real[COPIES];
-    int T, lane;
+// Inputs of a group of steps, of a block's channels. Even steps come first: lanes then read different banks; and a row is
+// left free between warps, so that lanes write to different ones.
+enum Input { DT, U, GATE, DY };
+enum States { B_, C_ };
+template <int INPUTS> struct alignas(16) Stage {
+    element x[INPUTS][WARPS][GROUP + 1][16], states_of[2][GROUP][16];
 
-    __device__ Loader(int lane, int T) : T(T), lane(lane) {}
-    __device__ void input(Input which, const element* x, u32 row_start, u32 x_step, u32 channel, u32 width) {
-        const int PER_ROW = PIECES / GROUP, SIZE = 16 / sizeof(element);
-        for (int k = 0; k < COPIES; k++) {
-            int piece = k * 32 + lane - which * PIECES;
-            if (piece < 0 || piece >= PIECES) continue;
-            u32 at = channel + piece % PER_ROW * SIZE;
-            real[k] = at < width;
-            from[k] = (const char*)(x + row_start + (real[k] ? at : 0));
-            step[k] = x_step * (u32)sizeof(element);
-        }
+    static __device__ int slot(int step) { return (step & 1) * 4 + step / 2; }
+};
+
+// where a lane looks in a stage
+template <int INPUTS> struct View {
+    u32 mine, state_at, states_at;  // bytes
+
+    __device__ View(int warp, int g, int q) {
+        mine = (warp * (GROUP + 1) * 16 + q * 16 + 2 * g) * sizeof(element);
+        state_at = (INPUTS * WARPS * (GROUP + 1) * 16 + q * 16 + g) * sizeof(element);
+        states_at = (INPUTS * WARPS * (GROUP + 1) * 16 + 2 * q) * sizeof(element);
     }
-    __device__ void load(Stage<INPUTS>* to, int t0) const {
-        for (int k = 0; k < COPIES; k++) {
-            int piece = k * 32 + lane, within = piece % PIECES, r = within / (PIECES / GROUP);
-            int slot = piece / PIECES * GROUP + Stage<INPUTS>::slot(r);
-            bool inside = t0 + r < T;
-            char* there = (char*)to + slot * 16 * sizeof(element) + within % (PIECES / GROUP) * 16;
-            if (piece < INPUTS * PIECES)
-                copy16(there, from[k] + (unsigned long long)(u32)(inside ? t0 + r : 0) * step[k], inside && real[k]);
-        }
+    // of step 2 q + half, channels 2 g and 2 g + 1
+    __device__ pair channels(const Stage<INPUTS>& in, Input which, int half) const {
+        return *(const pair*)((const char*)&in + mine + (which * WARPS * (GROUP + 1) + half * 4) * 16 * sizeof(element));
+    }
+    // of step 2 q + half, state 8 j + g
+    __device__ float state(const Stage<INPUTS>& in, States which, int half, int j) const {
+        return value(*(const element*)((const char*)&in + state_at + ((which * GROUP + half * 4) * 16 + 8 * j) * sizeof(element)));
+    }
+    // of any step, states 2 q + n and 2 q + n + 1
+    __device__ pair states(const Stage<INPUTS>& in, States which, int step, int n) const {
+        return *(const pair*)((const char*)&in + states_at + ((which * GROUP + Stage<INPUTS>::slot(step)) * 16 + n) * sizeof(element));
+    }
+};
+
+// an index into registers would put them into memory
+template <class X> __device__ inline X pick(const X (&x)[4], int i) {
+    return i < 2 ? i == 0 ? x[0] : x[1] : i == 2 ? x[2] : x[3];
+}
+
+// Copies inputs to a stage, 16 bytes a lane: a warp each input, and the last warp B and C.
+template <int INPUTS> struct Loader {
+    static const int SIZE = 16 / sizeof(element), ROW = 16 * WARPS / SIZE, STATE_ROW = 16 / SIZE;  // pieces of a step
+    static const int STEPS = 32 / ROW, COPIES = GROUP / STEPS;  // steps of a copy
+    static const int STATE_COPIES = 2 * GROUP * STATE_ROW / 32;
+    const char *from, *from_states[STATE_COPIES];
+    u32 step, to, to_states;  // bytes
+    int last, last_states;    // how far t0 may go
+
+    // x, from where the row begins, and its step: of the warp's input; channel: the block's first of E
+    __device__ Loader(const element* x, u32 x_step, u32 channel, u32 E, const element* B, const element* C, int end) {
+        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, at = lane % ROW * SIZE, r = lane / ROW;
+        from = (const char*)(x + channel + at) + (unsigned long long)r * x_step * sizeof(element);
+        step = x_step * (u32)sizeof(element);
+        to = (((warp * WARPS + at / 16) * (GROUP + 1) + Stage<INPUTS>::slot(r)) * 16 + at % 16) * sizeof(element);
+        // zeros for channels that do not exist
+        last = channel + at < E ? end - r : -(1 << 30);
+        r = lane / STATE_ROW % GROUP, at = lane % STATE_ROW * SIZE;
+        bool of_C = lane >= GROUP * STATE_ROW;
+        for (int k = 0; k < STATE_COPIES; k++) from_states[k] = (const char*)((of_C || k ? C : B) + r * 16 + at);
+        to_states = ((INPUTS * WARPS * (GROUP + 1) + of_C * GROUP + Stage<INPUTS>::slot(r)) * 16 + at) * sizeof(element);
+        last_states = end - r;
+    }
+    __device__ void kept() {
+        keep(from), keep(step), keep(to), keep(to_states), keep(last), keep(last_states);
+        for (int k = 0; k < STATE_COPIES; k++) keep(from_states[k]);
+    }
+    __device__ void load(Stage<INPUTS>* stage, int t0) const {
+        if (INPUTS == WARPS || threadIdx.x < INPUTS * 32)
+            for (int k = 0; k < COPIES; k++) {
+                bool inside = t0 + k * STEPS < last;
+                copy16((char*)stage + to + k * STEPS / 2 * 16 * sizeof(element),
+                       from + (unsigned long long)(u32)(inside ? t0 + k * STEPS : 0) * step, inside);
+            }
+        if (threadIdx.x >= THREADS - 32)
+            for (int k = 0; k < STATE_COPIES; k++) {
+                bool inside = t0 < last_states;
+                copy16((char*)stage + to_states + k * GROUP * 16 * sizeof(element),
+                       from_states[k] + (u32)(inside ? t0 : 0) * (u32)(16 * sizeof(element)), inside);
+            }
     }
 };
 
@@ -273,64 +359,62 @@ __device__ inline u32 document_starts(const unsigned char* starts, u32 row, int 
     return __ballot_sync(ALL, begins);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
+// kept: (rows, chains of a row, chunks, 2, threads) and carry: (chains, 2, threads), as threads hold them
+extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
     const element* u, const element* dt, const element* gate, const element* B, const element* C,
     const parameter* dt_bias, const float* A, const parameter* D, const float* state, const unsigned char* starts,
-    const long long* lengths, element* y, float* last, float* kept, float4* carry, int* tickets, int rows, int T, int E,
-    u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 state_row, int tiles, int span) {
+    const long long* lengths, element* y, float* last, float4* kept, float4* carry, int* flags, int rows, int T, int E,
+    u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 state_row, int per_row,
+    int stretch) {
     const int STAGES = 3;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chains = rows * tiles, segments = (T + span - 1) / span;
-    // of each warp: inputs; delta of the channels of g, and what else a step needs of all its lanes
-    __shared__ Stage<5> stages[WARPS][STAGES];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (T + CHUNK - 1) / CHUNK;
+    __shared__ Stage<3> stages[STAGES];
+    // of each warp: delta of the channels of g, and what else a step needs of all its lanes
 #if TYPE == 0
     __shared__ float4 shared[WARPS][GROUP][8];
 #else
     __shared__ float2 shared[WARPS][GROUP][8];
 #endif
-    for (;;) {
-        int ticket = lane == 0 ? atomicAdd(tickets, 1) : 0;
-        ticket = __shfl_sync(ALL, ticket, 0);
-        if (ticket >= chains * segments) return;
-        int segment = ticket / chains, chain = ticket % chains, tile = chain % tiles;
-        u32 row = chain / tiles;
-        Lane my(lane, tile, E, A, dt_bias, D);
-        int g = my.g, q = my.q, begin = segment * span, end = min(begin + span, T);
+    for (Parts part(rows * per_row, chunks * CHUNK, stretch); part.next();) {
+        int block = part.chain % per_row, begin = part.begin, end = min(part.end, T);
+        u32 row = part.chain / per_row;
+        Lane my(lane, block * WARPS + warp, E, A, dt_bias, D);
+        int g = my.g, q = my.q;
         int limit = lengths ? (int)min((long long)T, lengths[row]) : T;
-        Loader<5> loader(lane, end);
-        loader.input(DT, dt, row * dt_row, dt_step, tile * 16, E);
-        loader.input(U, u, row * u_row, u_step, tile * 16, E);
-        loader.input(GATE, gate, row * gate_row, gate_step, tile * 16, E);
-        loader.input(B_, B, row * T * 16, 16, 0, 16);
-        loader.input(C_, C, row * T * 16, 16, 0, 16);
-        copies_wait<0>();  // those beyond the last ticket's end, which must not come after the new ones
-        __syncwarp();      // the stages are free
+        const element* inputs[4] = {dt + row * dt_row, u + row * u_row, gate + row * gate_row, dt};
+        const u32 steps[4] = {dt_step, u_step, gate_step, 0};
+        Loader<3> loader(pick(inputs, warp), pick(steps, warp), block * 16 * WARPS, E, B + row * T * 16, C + row * T * 16,
+                         end);
+        View<3> view(warp, g, q);
+        loader.kept();
+        keep(view.mine), keep(view.state_at), keep(view.states_at);
+        copies_wait<0>();  // those beyond the last part's end, which must not come after the new ones
+        __syncthreads();   // the stages are free
         for (int k = 0; k < STAGES - 1; k++) {
-            loader.load(&stages[warp][k], begin + k * GROUP);
+            loader.load(&stages[k], begin + k * GROUP);
             copies_end();
         }
         float h[2][4];
-        if (segment == 0) {
+        float4* left = carry + (u32)part.chain * 2 * THREADS + threadIdx.x;
+        if (begin == 0) {
             my.read(h, state, row * state_row);
         } else {
-            if (lane == 0)
-                while (read_flag(tickets + 1 + chain) < segment) pause();
-            __syncwarp();
-            for (int j = 0; j < 2; j++) {
-                float4 v = read_far(carry + (chain * 2 + j) * 32 + lane);
-                h[j][0] = v.x, h[j][1] = v.y, h[j][2] = v.z, h[j][3] = v.w;
-            }
+            part.wait(flags);
+            for (int j = 0; j < 2; j++) unpacked(h[j], read_far(left + j * THREADS));
         }
         int number = 0;
         u32 out_at = (row * T + begin + 2 * q) * E + my.e;
         for (int t0 = begin; t0 < end; t0 += GROUP, out_at += GROUP * E) {
             copies_wait<STAGES - 2>();
-            __syncwarp();  // all lanes' copies are there, and all are done with the stage before
-            const Stage<5>& in = stages[warp][number];
-            loader.load(&stages[warp][number == 0 ? STAGES - 1 : number - 1], t0 + (STAGES - 1) * GROUP);
+            __syncthreads();  // all threads' copies are there, and all are done with the stage before
+            const Stage<3>& in = stages[number];
+            loader.load(&stages[number == 0 ? STAGES - 1 : number - 1], t0 + (STAGES - 1) * GROUP);
             copies_end();
             number = number == STAGES - 1 ? 0 : number + 1;
 #if KEEP
-            if (t0 % CHUNK == 0) my.write(kept, ((row * ((T + CHUNK - 1) / CHUNK) + t0 / CHUNK) * E) * 16, h);
+            if (t0 % CHUNK == 0)
+                for (int j = 0; j < 2; j++)
+                    kept[(((u32)part.chain * chunks + t0 / CHUNK) * 2 + j) * THREADS + threadIdx.x] = packed4(h[j]);
 #endif
             float x[2][2];
 #if TYPE != 0
@@ -338,20 +422,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
 #endif
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                pair v = in.channels(DT, half, q, g), w = in.channels(U, half, q, g);
+                pair v = view.channels(in, DT, half), w = view.channels(in, U, half);
                 x[half][0] = low(w), x[half][1] = high(w);
                 float delta[2] = {low(v), high(v)};
                 bool counts = t0 + 2 * q + half < limit;
-                for (int k = 0; k < 2; k++) delta[k] = kept_if(counts, softplus(delta[k] + my.bias[k], nullptr));
+                for (int k = 0; k < 2; k++) delta[k] = kept_if(counts, softplus(delta[k] + my.bias[k]));
 #if TYPE == 0
                 shared[warp][2 * q + half][g] =
                     make_float4(delta[0], delta[1], delta[0] * x[half][0], delta[1] * x[half][1]);
 #else
                 shared[warp][2 * q + half][g] = make_float2(delta[0], delta[1]);
-                c[half] = in.states(C_, g, 8 * half + 2 * q);
+                c[half] = view.states(in, C_, g, 8 * half);
                 for (int k = 0; k < 2; k++) {
                     drive[half][k] = tf32(delta[k] * x[half][k]);
-                    b[half][k] = bits(in.state(B_, half, q, k, g));
+                    b[half][k] = bits(view.state(in, B_, half, k));
                 }
 #endif
             }
@@ -369,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
                 my.decay(h, make_float2(s.x, s.y), nullptr);
                 parts[i][0] = parts[i][1] = 0.0f;
                 for (int j = 0; j < 2; j++) {
-                    float2 b = in.states(B_, i, 8 * j + 2 * q), c = in.states(C_, i, 8 * j + 2 * q);
+                    float2 b = view.states(in, B_, i, 8 * j), c = view.states(in, C_, i, 8 * j);
                     for (int k = 0; k < 4; k++) {
                         h[j][k] += (k < 2 ? s.z : s.w) * (k & 1 ? b.y : b.x);
                         parts[i][k >> 1] += h[j][k] * (k & 1 ? c.y : c.x);
@@ -389,149 +473,140 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_forward(
             }
 #if TYPE == 0
             // sums over the four lanes of a channel, of which each keeps two steps
-            float left[4][2];
+            u32 far = only(q & 2), near = only(q & 1);
+            float half_sums[4][2];
             for (int i = 0; i < 4; i++)
-                for (int k = 0; k < 2; k++) {
-                    float keep = q & 2 ? parts[4 + i][k] : parts[i][k], give = q & 2 ? parts[i][k] : parts[4 + i][k];
-                    left[i][k] = keep + __shfl_xor_sync(ALL, give, 2);
-                }
+                for (int k = 0; k < 2; k++)
+                    half_sums[i][k] = choice(far, parts[4 + i][k], parts[i][k]) +
+                                      __shfl_xor_sync(ALL, choice(far, parts[i][k], parts[4 + i][k]), 2);
             for (int i = 0; i < 2; i++)
-                for (int k = 0; k < 2; k++) {
-                    float keep = q & 1 ? left[2 + i][k] : left[i][k], give = q & 1 ? left[i][k] : left[2 + i][k];
-                    out[i][k] = keep + __shfl_xor_sync(ALL, give, 1);
-                }
+                for (int k = 0; k < 2; k++)
+                    out[i][k] = choice(near, half_sums[2 + i][k], half_sums[i][k]) +
+                                __shfl_xor_sync(ALL, choice(near, half_sums[i][k], half_sums[2 + i][k]), 1);
 #endif
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                pair v = in.channels(GATE, half, q, g);
+                pair v = view.channels(in, GATE, half);
                 float z[2] = {low(v), high(v)}, o[2];
                 for (int k = 0; k < 2; k++) o[k] = (out[half][k] + x[half][k] * my.skip[k]) * (z[k] * sigmoid(z[k]));
                 if (my.real && t0 + 2 * q + half < end) put(y, out_at + half * E, packed(o[0], o[1]));
             }
         }
-        if (segment == segments - 1) {
+        if (part.end == part.length) {
             my.write(last, row * E * 16, h);
         } else {
-            for (int j = 0; j < 2; j++)
-                carry[(chain * 2 + j) * 32 + lane] = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) write_flag(tickets + 1 + chain, segment + 1);
+            for (int j = 0; j < 2; j++) left[j * THREADS] = packed4(h[j]);
+            part.leave(flags);
         }
     }
 }
 
 #if TYPE != 0
+enum Sum { UNGATED, DDRIVE, DDELTA };
 struct Shared {
-    Stage<6> stages[WARPS][2][CHUNK / GROUP];  // of this chunk and the next
+    Stage<4> stages[2][CHUNK / GROUP];  // of this chunk and the next
     float2 deltas[WARPS][GROUP][8];
-    float4 decays[WARPS][GROUP][2][32], bounds[WARPS][CHUNK / GROUP - 1][2][32];  // the latter: states before a group
+    float4 decays[GROUP][2][THREADS], kept[2][2][THREADS];  // the latter: states in front of this chunk and the next
     float parts[2][WARPS][2][GROUP][16];  // of the gradients of B and C
-    int ticket;
+
+    // of two channels in step i: in the place of that step's decays, once these are read
+    __device__ float2* sum(Sum which, int i, int warp, int g) {
+        return (float2*)&decays[i][0][warp * 32] + which * 8 + g;
+    }
 };
 
-// A block is 64 channels of a row, whose parts of the gradients of B and C it adds up, and walks backwards.
-// carry: (chain, 5, threads), what goes from one segment to the one before it
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
+// Walks backwards. dBC: (chains of a row, 2, rows, T, 16), parts of the gradients of B and C; carry: (chains, 5, threads)
+extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
     const element* u, const element* dt, const element* gate, const element* B, const element* C,
     const parameter* dt_bias, const float* A, const parameter* D, const float* state, const unsigned char* starts,
-    const long long* lengths, const float* kept, const element* dy, const float* dlast, element* du, element* ddt,
-    element* dgate, float* dBC, float* dbias, float* dA, float* dD, float* dstate, float4* carry, int* tickets,
-    int rows, int T, int E, u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 dy_row,
-    u32 dy_step, u32 state_row, int blocks, int span) {
-    const int THREADS = 32 * WARPS;
+    const long long* lengths, const float4* kept, const element* dy, const float* dlast, element* du, element* ddt,
+    element* dgate, float* dBC, float* dbias, float* dA, float* dD, float* dstate, float4* carry, int* flags, int rows,
+    int T, int E, u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 dy_row, u32 dy_step,
+    u32 state_row, int per_row, int stretch) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chains = rows * blocks, segments = (T + span - 1) / span;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (T + CHUNK - 1) / CHUNK;
     int buffer = 0;
-    for (;;) {
-        if (threadIdx.x == 0) {
-            int ticket = atomicAdd(tickets, 1);
-            if (ticket < chains * segments && ticket >= chains)
-                while (read_flag(tickets + 1 + ticket % chains) < ticket / chains) pause();
-            shared.ticket = ticket;
-        }
-        __syncthreads();
-        int ticket = shared.ticket;
-        __syncthreads();
-        if (ticket >= chains * segments) return;
-        int turn = ticket / chains, chain = ticket % chains, block = chain % blocks, tile = block * WARPS + warp;
-        u32 row = chain / blocks;
-        int begin = (segments - 1 - turn) * span, end = min(begin + span, T);
-        Lane my(lane, tile, E, A, dt_bias, D);
+    for (Parts part(rows * per_row, chunks * CHUNK, stretch); part.next();) {
+        int block = part.chain % per_row, begin = part.length - part.end, end = min(part.length - part.begin, T);
+        u32 row = part.chain / per_row;
+        Lane my(lane, block * WARPS + warp, E, A, dt_bias, D);
         int g = my.g, q = my.q;
         int limit = lengths ? (int)min((long long)T, lengths[row]) : T;
-        Loader<6> loader(lane, end);
-        loader.input(DT, dt, row * dt_row, dt_step, tile * 16, E);
-        loader.input(U, u, row * u_row, u_step, tile * 16, E);
-        loader.input(GATE, gate, row * gate_row, gate_step, tile * 16, E);
-        loader.input(DY, dy, row * dy_row, dy_step, tile * 16, E);
-        loader.input(B_, B, row * T * 16, 16, 0, 16);
-        loader.input(C_, C, row * T * 16, 16, 0, 16);
+        const element* inputs[4] = {dt + row * dt_row, u + row * u_row, gate + row * gate_row, dy + row * dy_row};
+        const u32 steps[4] = {dt_step, u_step, gate_step, dy_step};
+        Loader<4> loader(pick(inputs, warp), pick(steps, warp), block * 16 * WARPS, E, B + row * T * 16, C + row * T * 16,
+                         end);
+        View<4> view(warp, g, q);
         auto load = [&](int chunk) {
             for (int k = 0; k < CHUNK / GROUP; k++)
-                loader.load(&shared.stages[warp][chunk / CHUNK & 1][k], chunk + k * GROUP);
+                loader.load(&shared.stages[chunk / CHUNK & 1][k], chunk + k * GROUP);
+            for (int j = 0; j < 2; j++)
+                copy16(&shared.kept[chunk / CHUNK & 1][j][threadIdx.x],
+                       (const char*)(kept + (((u32)part.chain * chunks + chunk / CHUNK) * 2 + j) * THREADS + threadIdx.x), true);
             copies_end();
         };
         int last_chunk = (end - 1) / CHUNK * CHUNK;
         load(last_chunk);
         float back[2][4], dA_sum[2][4] = {}, dD_sum[2] = {}, dbias_sum[2] = {};
-        float4* left = carry + (u32)chain * 5 * THREADS + threadIdx.x;
-        if (turn == 0) {
+        float4* left = carry + (u32)part.chain * 5 * THREADS + threadIdx.x;
+        if (part.begin == 0) {
             my.read(back, dlast, row * E * 16);
             if (!my.real)
                 for (int j = 0; j < 2; j++)
                     for (int k = 0; k < 4; k++) back[j][k] = 0.0f;
         } else {
+            part.wait(flags);
             for (int j = 0; j < 2; j++) {
-                float4 v = read_far(left + j * THREADS), w = read_far(left + (2 + j) * THREADS);
-                back[j][0] = v.x, back[j][1] = v.y, back[j][2] = v.z, back[j][3] = v.w;
-                dA_sum[j][0] = w.x, dA_sum[j][1] = w.y, dA_sum[j][2] = w.z, dA_sum[j][3] = w.w;
+                unpacked(back[j], read_far(left + j * THREADS));
+                unpacked(dA_sum[j], read_far(left + (2 + j) * THREADS));
             }
             float4 v = read_far(left + 4 * THREADS);
             dD_sum[0] = v.x, dD_sum[1] = v.y, dbias_sum[0] = v.z, dbias_sum[1] = v.w;
         }
+        copies_wait<0>();
+        __syncthreads();
         float h[2][4];
 
         // u, delta and their product in two steps and two channels, deltas for all lanes, and B of these steps
-        float x[2][2], delta[2][2], slope[2][2];
+        float x[2][2], delta[2][2];
         u32 drive[2][2], b[2][2];
-        auto prepare = [&](const Stage<6>& in, int t0) {
+        auto prepare = [&](const Stage<4>& in, int t0) {
             __syncwarp();  // all have read the deltas of the group before
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                pair v = in.channels(DT, half, q, g), w = in.channels(U, half, q, g);
+                pair v = view.channels(in, DT, half), w = view.channels(in, U, half);
                 x[half][0] = low(w), x[half][1] = high(w);
                 delta[half][0] = low(v), delta[half][1] = high(v);
                 bool counts = t0 + 2 * q + half < limit;
                 for (int k = 0; k < 2; k++) {
-                    delta[half][k] = kept_if(counts, softplus(delta[half][k] + my.bias[k], &slope[half][k]));
-                    slope[half][k] = kept_if(counts, slope[half][k]);
+                    delta[half][k] = kept_if(counts, softplus(delta[half][k] + my.bias[k]));
                     drive[half][k] = tf32(delta[half][k] * x[half][k]);
-                    b[half][k] = bits(in.state(B_, half, q, k, g));
+                    b[half][k] = bits(view.state(in, B_, half, k));
                 }
                 shared.deltas[warp][2 * q + half][g] = make_float2(delta[half][0], delta[half][1]);
             }
             __syncwarp();
         };
+        float2 ahead;  // delta of the next step: stores to memory keep the compiler from asking for it earlier
         auto step = [&](int i, float (*a)[4]) {
-            my.decay(h, shared.deltas[warp][i][g], a);
+            float2 now = i == 0 ? shared.deltas[warp][0][g] : ahead;
+            if (i < GROUP - 1) ahead = shared.deltas[warp][i + 1][g];
+            my.decay(h, now, a);
             for (int j = 0; j < 2; j++) mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
         };
 
         for (int chunk = last_chunk; chunk >= begin; chunk -= CHUNK) {
-            my.read(h, kept, ((row * ((T + CHUNK - 1) / CHUNK) + chunk / CHUNK) * E) * 16);
-            copies_wait<0>();
-            __syncwarp();  // all lanes' copies are there, and all are done with the chunk behind
+            auto before = [&] {
+                for (int j = 0; j < 2; j++) unpacked(h[j], shared.kept[chunk / CHUNK & 1][j][threadIdx.x]);
+            };
+            before();
             if (chunk > begin) load(chunk - CHUNK);
-            const Stage<6>* stages = shared.stages[warp][chunk / CHUNK & 1];
-            int groups = (min(chunk + CHUNK, end) - chunk + GROUP - 1) / GROUP;
-            for (int n = 0; n < groups - 1; n++) {
-                int t0 = chunk + n * GROUP;
-                for (int j = 0; j < 2; j++)
-                    shared.bounds[warp][n][j][lane] = make_float4(h[j][0], h[j][1], h[j][2], h[j][3]);
-                prepare(stages[n], t0);
-                u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
+            const Stage<4>* stages = shared.stages[chunk / CHUNK & 1];
+            int groups = end - chunk > GROUP ? 2 : 1;
+            if (groups == 2) {  // to the second group
+                prepare(stages[0], chunk);
+                u32 begins = STARTS ? document_starts(starts, row, chunk, T, lane) : 0;
 #pragma unroll
                 for (int i = 0; i < GROUP; i++) {
                     if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
@@ -540,12 +615,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
             }
             for (int n = groups - 1; n >= 0; n--, buffer ^= 1) {
                 int t0 = chunk + n * GROUP;
-                const Stage<6>& in = stages[n];
-                if (n < groups - 1)
-                    for (int j = 0; j < 2; j++) {
-                        float4 v = shared.bounds[warp][n][j][lane];
-                        h[j][0] = v.x, h[j][1] = v.y, h[j][2] = v.z, h[j][3] = v.w;
-                    }
+                const Stage<4>& in = stages[n];
+                if (n == 0) before();
                 prepare(in, t0);
                 u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
                 u32 states[GROUP + 1][4];  // in front of each step, and behind the last
@@ -555,8 +626,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
                     if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
                     float a[2][4];
                     step(i, a);
-                    for (int j = 0; j < 2; j++)
-                        shared.decays[warp][i][j][lane] = make_float4(a[j][0], a[j][1], a[j][2], a[j][3]);
+                    for (int j = 0; j < 2; j++) shared.decays[i][j][threadIdx.x] = packed4(a[j]);
                 }
                 pack(states[GROUP], h);
                 // dy times the gate's SiLU; B and C as the products need them: by step in q, and by step in g
@@ -564,68 +634,65 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
                 u32 c[2][2], b_of[2], c_of[2], drive_of[2], gradient_of[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    pair v = in.channels(GATE, half, q, g), w = in.channels(DY, half, q, g);
-                    b_of[half] = in.states(B_, g, 8 * half + 2 * q);
-                    c_of[half] = in.states(C_, g, 8 * half + 2 * q);
+                    pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
+                    b_of[half] = view.states(in, B_, g, 8 * half);
+                    c_of[half] = view.states(in, C_, g, 8 * half);
                     for (int k = 0; k < 2; k++) {
                         float z = k ? high(v) : low(v), dout = k ? high(w) : low(w);
                         gradient[half][k] = dout * z * sigmoid(z);
-                        c[half][k] = bits(in.state(C_, half, q, k, g));
+                        c[half][k] = bits(view.state(in, C_, half, k));
                     }
                 }
                 for (int k = 0; k < 2; k++) {
                     drive_of[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
                     gradient_of[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
                 }
-                // of steps 2 q and 2 q + 1: sums over states of two channels; over channels of states g and g + 8
-                float ungated[2][2] = {}, ddrive[2][2] = {}, ddelta[2][2] = {}, dB[2][2] = {}, dC[2][2] = {};
 #pragma unroll
                 for (int i = GROUP - 1; i >= 0; i--) {
-                    bool mine = q == i / 2;
+                    bool mine = q == i / 2;  // these lanes have the sums of this step: of two channels, or states g, g + 8
                     const int half = i & 1;
-                    auto choose = [&](float (*to)[2], const float* from) {
-                        for (int k = 0; k < 2; k++) to[half][k] = mine ? from[2 * k + half] : to[half][k];
-                    };
-                    auto over_states = [&](float (*to)[2], const u32* s, const u32* with) {
+                    auto over_states = [&](Sum which, const u32* s, const u32* with) {
                         float d[4];
                         mma16(d, s, with);
-                        choose(to, d);
+                        if (mine) *shared.sum(which, i, warp, g) = make_float2(d[half], d[2 + half]);
                     };
                     // with: what has channels in q and steps in g
-                    auto over_channels = [&](float (*to)[2], const u32* s, const u32* with) {
+                    auto over_channels = [&](int which, const u32* s, const u32* with) {
                         u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
                         float d[4];
                         mma16(d, m, with);
-                        choose(to, d);
+                        for (int k = 0; k < 2; k++)
+                            if (mine) shared.parts[buffer][warp][which][i][g + 8 * k] = d[2 * k + half];
                     };
-                    over_states(ungated, states[i + 1], c_of);
-                    over_channels(dC, states[i + 1], gradient_of);
+                    float a[2][4];
+                    for (int j = 0; j < 2; j++) unpacked(a[j], shared.decays[i][j][threadIdx.x]);
+                    float2 step_delta = shared.deltas[warp][i][g];
+                    __syncwarp();  // sums of this step come in the place of its decays
+                    over_states(UNGATED, states[i + 1], c_of);
+                    over_channels(1, states[i + 1], gradient_of);
                     for (int j = 0; j < 2; j++)
                         mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & only(mine));
                     u32 rounded[4];
                     pack(rounded, back);
-                    over_states(ddrive, rounded, b_of);
-                    over_channels(dB, rounded, drive_of);
+                    over_states(DDRIVE, rounded, b_of);
+                    over_channels(0, rounded, drive_of);
                     float from[2][4];  // the state that this step began with
                     for (int j = 0; j < 2; j++)
                         for (int k = 0; k < 4; k++)
                             from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
                     bool begins_here = STARTS && (begins >> i & 1);
                     if (begins_here) my.read(from, state, row * state_row);
-                    float2 step_delta = shared.deltas[warp][i][g];
                     float sum[2] = {}, d[4];
                     for (int j = 0; j < 2; j++) {
-                        float4 v = shared.decays[warp][i][j][lane];
-                        float a[4] = {v.x, v.y, v.z, v.w};
                         for (int k = 0; k < 4; k++) {
-                            back[j][k] *= a[k];
+                            back[j][k] *= a[j][k];
                             float dlog = back[j][k] * from[j][k];
                             dA_sum[j][k] += dlog * (k < 2 ? step_delta.x : step_delta.y);
                             sum[k >> 1] += dlog * my.rate[j][k];
                         }
                     }
                     row_sums(d, sum[0], sum[1]);
-                    choose(ddelta, d);
+                    if (mine) *shared.sum(DDELTA, i, warp, g) = make_float2(d[half], d[2 + half]);
                     if (begins_here) {  // this chain alone adds here, in one order
                         float sums[2][4];
                         my.read(sums, dstate, row * E * 16);
@@ -634,18 +701,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
                         my.write(dstate, row * E * 16, sums);
                     }
                 }
+                __syncwarp();
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     int t = t0 + 2 * q + half;
-                    pair v = in.channels(GATE, half, q, g), w = in.channels(DY, half, q, g);
+                    pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
                     float du_[2], ddt_[2], dz[2];
+                    float2 step_delta = shared.deltas[warp][2 * q + half][g];
+                    float2 ungated = *shared.sum(UNGATED, 2 * q + half, warp, g);
+                    float2 ddrive = *shared.sum(DDRIVE, 2 * q + half, warp, g);
+                    float2 ddelta = *shared.sum(DDELTA, 2 * q + half, warp, g);
+                    pair input = view.channels(in, U, half);
                     for (int k = 0; k < 2; k++) {
+                        float x = k ? high(input) : low(input), delta = k ? step_delta.y : step_delta.x;
+                        float drive = k ? ddrive.y : ddrive.x;
+                        float slope = 1.0f - ex2(-LOG2E * delta);  // of softplus; 0 where a step does not count
                         float z = k ? high(v) : low(v), dout = k ? high(w) : low(w), s = sigmoid(z);
-                        float whole = ungated[half][k] + x[half][k] * my.skip[k];
+                        float whole = (k ? ungated.y : ungated.x) + x * my.skip[k];
                         dz[k] = dout * whole * s * (1.0f + z * (1.0f - s));
-                        du_[k] = delta[half][k] * ddrive[half][k] + gradient[half][k] * my.skip[k];
-                        ddt_[k] = (ddelta[half][k] * LN2 + ddrive[half][k] * x[half][k]) * slope[half][k];
-                        dD_sum[k] += gradient[half][k] * x[half][k];
+                        du_[k] = delta * drive + gradient[half][k] * my.skip[k];
+                        ddt_[k] = ((k ? ddelta.y : ddelta.x) * LN2 + drive * x) * slope;
+                        dD_sum[k] += gradient[half][k] * x;
                         dbias_sum[k] += ddt_[k];
                     }
                     if (my.real && t < T) {
@@ -654,12 +730,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
                         put(ddt, at, packed(ddt_[0], ddt_[1]));
                         put(dgate, at, packed(dz[0], dz[1]));
                     }
-                    for (int k = 0; k < 2; k++) {
-                        shared.parts[buffer][warp][0][2 * q + half][g + 8 * k] = dB[half][k];
-                        shared.parts[buffer][warp][1][2 * q + half][g + 8 * k] = dC[half][k];
-                    }
                 }
-                __syncthreads();  // one is enough: the next group writes the other half of `parts`
+                // The next group writes the other half of `parts`, so one barrier is enough. At the end of a chunk it
+                // also says that all copies of the next one are there, and that all are done with this one.
+                if (n == 0) copies_wait<0>();
+                __syncthreads();
                 int which = threadIdx.x / 64, r = threadIdx.x / 8 % 8, state_pair = threadIdx.x % 8 * 2;
                 float2 total = make_float2(0.0f, 0.0f);
                 for (int w = 0; w < WARPS; w++) {
@@ -670,7 +745,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
                     put(dBC, (((u32)block * 2 + which) * rows * T + row * T + t0 + r) * 16 + state_pair, total);
             }
         }
-        if (turn == segments - 1) {
+        if (part.end == part.length) {
             if (STARTS) {
                 float sums[2][4];
                 my.read(sums, dstate, row * E * 16);
@@ -690,13 +765,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) scan_backward(
             }
         } else {
             for (int j = 0; j < 2; j++) {
-                left[j * THREADS] = make_float4(back[j][0], back[j][1], back[j][2], back[j][3]);
-                left[(2 + j) * THREADS] = make_float4(dA_sum[j][0], dA_sum[j][1], dA_sum[j][2], dA_sum[j][3]);
+                left[j * THREADS] = packed4(back[j]);
+                left[(2 + j) * THREADS] = packed4(dA_sum[j]);
             }
             left[4 * THREADS] = make_float4(dD_sum[0], dD_sum[1], dbias_sum[0], dbias_sum[1]);
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) write_flag(tickets + 1 + chain, turn + 1);
+            part.leave(flags);
         }
     }
 }

@@ -16,21 +16,22 @@ from hymba.ops.gpu.common import INTERPRET, state_row, strides
 SOURCE = Path(__file__).with_name("scan.cu")
 CHUNK = 16  # steps between kept states, as in the source
 WARPS, WARP, TILE = 4, 32, 16  # of a block, lanes of a warp, channels of a warp
+THREADS, CHANNELS = WARPS * WARP, WARPS * TILE
 BLOCKS = 3  # on a multiprocessor
-SPAN = 128  # steps of a segment
-# blocks for each multiprocessor at least: with fewer, the kernels of scan.py are faster, which walk in segments side by
-# side (1 x 8192 tokens of 3200 channels on an H100: 582 us against 659)
-LEAST = 1.0
-# bytes of `Shared`, a block's memory: of each warp inputs, deltas, decays, states in front of groups, and parts of the
-# gradients of B and C
-_WARP_BYTES = (2 * 2 * 6 * 8 * 16 * 2, 8 * 8 * 8, 8 * 2 * 32 * 16, 2 * 32 * 16, 2 * 2 * 8 * 16 * 4)
-BACKWARD_SHARED = WARPS * sum(_WARP_BYTES) + 16  # and a ticket
+# Chains (64 channels of a row) for each multiprocessor at least, or else at most so many steps: with fewer chains and
+# more steps the kernels of scan.py are faster, which walk in segments of time side by side (1 x 8192 tokens of 3200
+# channels on an H100: 582 us against 659)
+LEAST, SHORT = 1.0, 512
+# bytes of `Shared`, a block's memory: inputs; decays and kept states of each thread; deltas and parts of the gradients
+# of B and C of each warp
+STAGE_BYTES = (4 * WARPS * 9 + 2 * 8) * 16 * 2  # of eight steps: four inputs, and B and C
+BACKWARD_SHARED = 4 * STAGE_BYTES + THREADS * (8 * 2 + 2 * 2) * 16 + WARPS * (8 * 8 * 8 + 2 * 2 * 8 * 16 * 4)
 
 
 def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
     """Whether the kernels of scan.cu compute this: bfloat16, or float32 without gradients, and enough channels."""
     E, N = A.shape
-    chains = u.shape[0] * triton.cdiv(E, TILE * WARPS)
+    chains = u.shape[0] * triton.cdiv(E, CHANNELS)
     return (
         u.is_cuda and not INTERPRET and N == 16 and E % 8 == 0 and u.dtype == dt.dtype == gate.dtype
         and (u.dtype == torch.bfloat16 or (u.dtype == torch.float32 and not keep))
@@ -38,14 +39,14 @@ def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
         # indices of 32 bits: outputs, kept states, gradients of B and C, states
         and u.shape[0] * 4 * max(u.shape[1] * max(E, 8 * N), (u.shape[1] + CHUNK) * E, N * E) < 2**32
         and torch.cuda.get_device_capability(u.device) >= (8, 0) and cuda.available()
-        and chains >= LEAST * torch.cuda.get_device_properties(u.device).multi_processor_count
+        and (u.shape[1] <= SHORT or chains >= LEAST * torch.cuda.get_device_properties(u.device).multi_processor_count)
     )  # fmt: skip
 
 
 def kept(u: Tensor, N: int) -> tuple[int, ...]:
-    """Shape of what the forward pass keeps: the state in front of every chunk of steps."""
+    """Shape of what the forward pass keeps: the state in front of every chunk of steps, as threads hold it."""
     rows, T, E = u.shape
-    return rows, triton.cdiv(T, CHUNK), E, N
+    return rows, triton.cdiv(E, CHANNELS), triton.cdiv(T, CHUNK), CHANNELS, N
 
 
 def _in_pieces(x: Tensor) -> Tensor:
@@ -64,13 +65,15 @@ def _whole(starts: Tensor | None, lengths: Tensor | None) -> tuple[Tensor | None
     return None if starts is None else starts.contiguous(), None if lengths is None else lengths.long().contiguous()
 
 
-def _walkers(chains: int, T: int, device: torch.device) -> tuple[int, int]:
-    """Blocks, as many on each multiprocessor, and steps of a segment. Where chains do not fill the card, a block has
-    one of them to itself, from end to end."""
-    card = torch.cuda.get_device_properties(device).multi_processor_count
-    if chains < card:
-        return chains, triton.cdiv(T, CHUNK) * CHUNK
-    return min(BLOCKS, chains // card) * card, SPAN
+def _room(device: torch.device) -> int:
+    """Blocks that are on the card at a time."""
+    return BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _stretches(chains: int, T: int, device: torch.device) -> tuple[int, int]:
+    """Blocks, and the steps of each: whole chunks, and no fewer than a chain has."""
+    blocks, chunks = min(chains, _room(device)), triton.cdiv(T, CHUNK)
+    return blocks, triton.cdiv(chains * chunks, blocks) * CHUNK
 
 
 def forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep, y, last, kept):
@@ -82,18 +85,15 @@ def forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep, y, l
     dt_bias, D = _parameters(dt_bias, D, dtype=u.dtype)
     starts, lengths = _whole(starts, lengths)
     rows, T, E = u.shape
-    tiles = triton.cdiv(E, TILE)
-    chains = rows * tiles
-    blocks, span = _walkers(triton.cdiv(chains, WARPS), T, u.device)
-    warps = WARPS
-    if span >= T:  # few chains: each on a multiprocessor's quarter of its own
-        blocks, warps = chains, 1
-    carry = torch.empty(chains, 2 * WARP, 4, dtype=torch.float32, device=u.device)
-    tickets = torch.zeros(1 + chains, dtype=torch.int32, device=u.device)
+    per_row = triton.cdiv(E, CHANNELS)
+    chains = rows * per_row
+    blocks, stretch = _stretches(chains, T, u.device)
+    carry = torch.empty(chains, 2, THREADS, 4, dtype=torch.float32, device=u.device)
+    flags = torch.zeros(chains, dtype=torch.int32, device=u.device)
     cuda.launch(
-        SOURCE, "scan_forward", _macros(u, dt_bias, starts, keep), blocks, warps * WARP, 0,
-        [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, y, last, kept, carry, tickets, rows, T, E,
-         *strides(u, dt, gate), state_row(state), tiles, span],
+        SOURCE, "scan_forward", _macros(u, dt_bias, starts, keep), blocks, THREADS, 0,
+        [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, y, last, kept, carry, flags, rows, T, E,
+         *strides(u, dt, gate), state_row(state), per_row, stretch],
     )  # fmt: skip
 
 
@@ -112,21 +112,22 @@ def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy,
     dt_bias, D = _parameters(dt_bias, D, dtype=u.dtype)
     starts, lengths = _whole(starts, lengths)
     (rows, T, E), N = u.shape, A.shape[1]
-    parts = triton.cdiv(E, TILE * WARPS)
-    chains = rows * parts
-    blocks, span = _walkers(chains, T, u.device)
+    per_row = triton.cdiv(E, CHANNELS)
+    chains = rows * per_row
+    blocks, stretch = _stretches(chains, T, u.device)
     f32 = {"dtype": torch.float32, "device": u.device}
     du, ddt, dgate = (torch.empty(rows, T, E, dtype=u.dtype, device=u.device) for _ in range(3))
-    dBC = torch.empty(parts, 2, rows, T, N, **f32)
+    dBC = torch.empty(per_row, 2, rows, T, N, **f32)
     dA = torch.empty(rows, E, N, **f32)
     dstate = torch.empty_like(dA) if starts is None else torch.zeros_like(dA)
     dD, dbias = (torch.empty(rows, E, **f32) for _ in range(2))
-    carry = torch.empty(chains, 5 * WARPS * WARP, 4, **f32)
-    tickets = torch.zeros(1 + chains, dtype=torch.int32, device=u.device)
+    carry = torch.empty(chains, 5, THREADS, 4, **f32)
+    flags = torch.zeros(chains, dtype=torch.int32, device=u.device)
     cuda.launch(
-        SOURCE, "scan_backward", _macros(u, dt_bias, starts, False), blocks, WARPS * WARP, BACKWARD_SHARED,
+        SOURCE, "scan_backward", _macros(u, dt_bias, starts, False), blocks, THREADS, BACKWARD_SHARED,
         [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast.contiguous(), du, ddt, dgate, dBC,
-         dbias, dA, dD, dstate, carry, tickets, rows, T, E, *strides(u, dt, gate, dy), state_row(state), parts, span],
+         dbias, dA, dD, dstate, carry, flags, rows, T, E, *strides(u, dt, gate, dy), state_row(state), per_row,
+         stretch],
     )  # fmt: skip
     if state.shape[0] != rows:
         dstate = dstate.sum(0, keepdim=True)

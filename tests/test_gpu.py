@@ -25,11 +25,13 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need the packa
 import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
-from hymba.ops import gpu, reference  # noqa: E402
-from hymba.ops.gpu import blocks, cuda, decode, flex, scan_cuda, step  # noqa: E402
+from hymba.ops import chunked, gpu, reference  # noqa: E402
+from hymba.ops.gpu import blocks, cuda, decode, flash, flex, scan_cuda, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
+# attention, whose products the interpreter does not know in bfloat16: float16 has three bits more
+IN_16_BITS = ROUNDED_INSIDE if ON_GPU else ROUNDED_INSIDE / 8
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
@@ -260,10 +262,10 @@ def test_blocks_of_attention(case, window):
     allowed = mask.mask_mod(row[:, None, None], 0, query[:, None], key).expand(rows, -1, -1)
     assert torch.equal(allowed, see)
     size = flex.BLOCK
-    blocks = (
+    in_blocks = (
         torch.nn.functional.pad(see, (0, -S % size, 0, -T % size)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
     )
-    visible_somewhere, visible_whole = blocks.any(-1).any(2), blocks.all(-1).all(2)
+    visible_somewhere, visible_whole = in_blocks.any(-1).any(2), in_blocks.all(-1).all(2)
     masked, full = (
         _chosen(count[:, 0], index[:, 0])
         for count, index in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
@@ -274,12 +276,99 @@ def test_blocks_of_attention(case, window):
         assert torch.equal(masked | full, visible_somewhere)  # nothing is read for nothing
 
 
+def attention_inputs(case: str, H: int, G: int, dk: int, dv: int, window: int | None) -> list:
+    """q, positions, documents, sources, window, n_meta, scale; queries and keys as they come from a projection"""
+    T, M = 75, 5
+    positions, documents, where, owners = queries_and_keys(case, T, M)
+    rows, owners = 2, owners or [None] * len(where)
+    sources = [
+        KeyValue(*(randn(1 if i == 0 else rows, x.shape[1], G, d).transpose(1, 2) for d in (dk, dv)), x, owner)
+        for i, (x, owner) in enumerate(zip(where, owners, strict=True))
+    ]
+    return [randn(rows, T, H, dk).transpose(1, 2), positions, documents, sources, window, M, 0.3]
+
+
+def in_16_bits(inputs):
+    if isinstance(inputs, list | tuple):
+        return KeyValue(*map(in_16_bits, inputs)) if isinstance(inputs, KeyValue) else [in_16_bits(x) for x in inputs]
+    floating = isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
+    return inputs.to(torch.bfloat16 if ON_GPU else torch.float16) if floating else inputs
+
+
+@pytest.mark.parametrize(
+    ("case", "H", "G", "dk", "dv", "window"),
+    [
+        ("text", 4, 2, 16, 32, None),
+        ("text", 5, 1, 64, 128, 20),
+        ("text", 2, 2, 6, 12, 200),
+        ("documents", 3, 1, 24, 48, 20),
+        ("documents", 2, 1, 16, 16, None),
+        ("ring", 4, 2, 16, 32, 20),  # of which a part is empty
+    ],
+)
+def test_attention_with_gradients(case, H, G, dk, dv, window, monkeypatch):
+    for other in (flex, chunked):
+        monkeypatch.setattr(other, "attention", None)
+    torch.manual_seed(0)
+    inputs = in_16_bits(attention_inputs(case, H, G, dk, dv, window))
+    expected = run(reference.attention, inputs, torch.float32)
+    actual = run(gpu.attention, on_device(inputs))
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_near(a.cpu().float(), b, IN_16_BITS, f"{case}, tensor {i}")
+
+
+def test_attention_is_repeatable():
+    torch.manual_seed(0)
+    inputs = on_device(in_16_bits(attention_inputs("text", 4, 2, 16, 32, 20)))
+    for a, b in zip(run(gpu.attention, inputs), run(gpu.attention, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T", [2, 33])
+def test_attention_of_one_source(T):
+    """The meta tokens: one row that sees itself."""
+    torch.manual_seed(0)
+    q, k, v = (randn(1, T, heads, d).transpose(1, 2) for heads, d in ((4, 16), (2, 16), (2, 32)))
+    at = torch.arange(T)[None]
+    inputs = in_16_bits([q, at, None, [KeyValue(k, v, at)], 7, 3, 0.3])
+    expected = run(reference.attention, inputs, torch.float32)
+    for a, b in zip(run(gpu.attention, on_device(inputs)), expected, strict=True):
+        assert_near(a.cpu().float(), b, IN_16_BITS, "")
+
+
+def test_attention_of_queries_that_see_nothing():
+    """Their output is 0, and so are the gradients that they cause."""
+    torch.manual_seed(0)
+    q, positions, documents, (_, source), *rest = in_16_bits(attention_inputs("text", 2, 1, 16, 32, 20))
+    positions = positions.clone()
+    positions[:, :40] = 0  # before all keys
+    y, dq, *others = run(gpu.attention, on_device([q, positions, documents, [source], *rest]))
+    assert not y[:, :40].any() and not dq[:, :, :40].any()
+    assert all(x.isfinite().all() for x in (y, dq, *others)) and y[:, 40:].any()
+
+
+@pytest.mark.parametrize("window", [blocks.NO_WINDOW, 40, 200])
+@pytest.mark.parametrize("case", ["text", "documents", "ring"])
+def test_lists_of_blocks(case, window):
+    torch.manual_seed(0)
+    positions, documents, where, owners = on_device(queries_and_keys(case))
+    mask = flash.make_mask(positions, tuple(where), documents, owners and tuple(owners), window, 20)
+    of_forward, of_queries, of_keys = flash.plan(DEVICE)
+    for tiles, lists in ((of_forward, mask.forward), (of_queries, mask.queries), (of_keys, mask.keys)):
+        some, full = blocks.touched(mask.at, window, 20, tiles.queries, tiles.keys)
+        expected = torch.stack((some & ~full, full), dim=2 if lists is not mask.keys else 1)
+        if lists is mask.keys:
+            expected = expected.permute(0, 3, 1, 2)
+        assert torch.equal(lists[..., 0], expected.sum(-1).int())
+        for listed, chosen in zip(lists.flatten(0, 2), expected.flatten(0, 2), strict=True):
+            assert listed[1 : 1 + listed[0]].tolist() == chosen.nonzero()[:, 0].tolist()
+
+
 @pytest.mark.parametrize("dk", [6, 16])
 def test_attention_of_narrow_heads(dk, monkeypatch):
     """The compiled kernel takes no heads below 16, so they are padded."""
     if not ON_GPU:  # the compiler has no kernel for what is to be differentiated on a CPU
         monkeypatch.setattr(flex, "_compiled", lambda dynamic: flex._joined_heads)
-    monkeypatch.setattr(flex, "FEW", 0)
     torch.manual_seed(0)
     B, G, T, M, at = 2, 2, 40, 5, torch.arange(45)[None]
     sources = [
@@ -432,7 +521,7 @@ def test_a_decoding_step_is_the_model(changes, monkeypatch):
 def test_training_step_as_plain_pytorch(monkeypatch):
     from hymba import ops
 
-    monkeypatch.setattr(flex, "FEW", 0)
+    monkeypatch.setattr(gpu, "FEW", 0)
     model = tiny_model().to(DEVICE)
     ids = random_ids(2, 150).to(DEVICE)
     documents = (torch.rand(2, 150, device=DEVICE) < 0.05).cumsum(1)

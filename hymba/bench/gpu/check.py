@@ -87,10 +87,11 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
 
 def operation_error(dtype: str, name: str) -> float:
     """Largest relative error of outputs and gradients of one operation."""
-    from hymba.ops.gpu import flex, scan_cuda
+    from hymba.ops import gpu
+    from hymba.ops.gpu import scan_cuda
 
     torch.manual_seed(0)
-    flex.FEW = scan_cuda.LEAST = 0  # small sizes, too, by the kernel of large ones
+    gpu.FEW = scan_cuda.LEAST = 0  # small sizes, too, by the kernel of large ones
     backend = ops.backend(torch.empty(1, device=GPU))
     function, inputs = operations()[name]
     inputs = [x.to(getattr(torch, dtype)) for x in inputs]

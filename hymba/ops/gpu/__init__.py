@@ -3,19 +3,20 @@ scan of enough rows in bfloat16, or in float32 without gradients, is in CUDA C++
 PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
-family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,
+family says what it computes, how it is tiled and what is float32: scan, conv, norm, flash and flex (attention), decode,
 elementwise, loss.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba.ops import reference
+from hymba.ops import chunked, reference
 from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
-from hymba.ops.gpu import flex
+from hymba.ops.gpu import flash, flex
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, conv_forward
 from hymba.ops.gpu.decode import decode_attention
@@ -26,6 +27,10 @@ from hymba.ops.gpu.scan import scan_forward
 from hymba.visibility import KeyValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
+FEW = 2**20
+# the same for rows of so few keys that blocks leave out little
+SHORT, MANY = 640, 16
 
 
 def supports(x: Tensor) -> bool:
@@ -85,14 +90,21 @@ def attention(
     n_meta: int,
     scale: float,
 ) -> Tensor:
-    if (
-        q.shape[2] == 1
-        and documents is None
-        and len(sources) <= 2
-        and not needs_grad(q, *(x for source in sources for x in source[:2]))
-    ):
+    learns = needs_grad(q, *(x for source in sources for x in source[:2]))
+    if q.shape[2] == 1 and documents is None and len(sources) <= 2 and not learns:
         return decode_attention(q, positions, sources, window, n_meta, scale)
-    return flex.attention(q, positions, documents, sources, window, n_meta, scale)
+    kernel = flex if torch.compiler.is_compiling() else _attention_kernel(q, sources, learns)
+    return kernel.attention(q, positions, documents, sources, window, n_meta, scale)
+
+
+def _attention_kernel(q: Tensor, sources: Sequence[KeyValue], learns: bool) -> ModuleType:
+    keys = sum(source.k.shape[2] for source in sources)
+    most = FEW * MANY if keys <= SHORT else FEW
+    few = q.shape[0] * q.shape[2] * keys <= most
+    # in training all wait for compilers once, and plain PyTorch takes dozens of small kernels
+    if flash.supports(q, sources) and (learns or not few):
+        return flash
+    return chunked if few else flex
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

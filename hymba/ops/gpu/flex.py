@@ -1,4 +1,5 @@
-"""Attention of many queries by FlexAttention, PyTorch's compiled kernel (Dong et al., arXiv 2412.05496), both ways.
+"""Attention of many queries by FlexAttention, PyTorch's compiled kernel (Dong et al., arXiv 2412.05496), both ways:
+in float32, of large heads, and inside `torch.compile`. `flash` takes the others.
 
 `visibility.visible` becomes its mask, evaluated on positions, so a ring, a span and new tokens need no kernels of their
 own. Keys from several places are joined first: a copy of what a call reads anyway, less than a hundredth of its time.
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from hymba.ops import chunked
 from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, chosen_first, places, touched
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.join import Join
@@ -25,16 +25,6 @@ from hymba.visibility import KeyValue
 
 LEAST = 16  # width of a head that the compiled kernel takes
 BLOCK = 128  # queries and keys in a block
-# tiles for heads of 64 and 128 on an H100, where the compiler's own choice takes twice the time forward
-HOPPER = {
-    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3,
-    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4,
-    "bwd_num_stages": 2,
-}  # fmt: skip
-# pairs of a query and a key, of all rows, up to which plain PyTorch does: a short prompt shall not wait for a compiler
-FEW = 2**20
-# the same for rows of so few keys that blocks leave out little
-SHORT, MANY = 640, 16
 
 
 def attention(
@@ -46,11 +36,8 @@ def attention(
     n_meta: int,
     scale: float,
 ) -> Tensor:
-    (B, H, T, _), S = q.shape, sum(source.k.shape[2] for source in sources)
+    B, H = q.shape[:2]
     compiling = torch.compiler.is_compiling()
-    pairs, few = B * T * S, FEW * MANY if S <= SHORT else FEW
-    if not compiling and pairs <= few:
-        return chunked.attention(q, positions, documents, sources, window, n_meta, scale)
     k, v = joined(sources, B, q.dtype)
     # the same for all layers with this window: made once, unless the compiler sees to that
     make = block_mask.__wrapped__ if compiling else block_mask
@@ -61,23 +48,22 @@ def attention(
     q, k, v = (x if x.shape[3] >= LEAST else F.pad(x, (0, LEAST - x.shape[3])) for x in (q, k, v))
     # training has one shape, prompts have any
     flex = _joined_heads if compiling else _compiled(dynamic=not needs_grad(q, k, v))
-    options = None
-    if not compiling and T >= BLOCK and q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9:
-        options = HOPPER
-    return flex(q, k, v, mask, scale, k.shape[1] != H, options, dv)
+    return flex(q, k, v, mask, scale, k.shape[1] != H, dv)
 
 
 def joined(sources: Sequence[KeyValue], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values of all sources -> (rows, G, S, dk), (rows, G, S, dv)"""
     keys, values = ([source[i].to(dtype) for source in sources] for i in (0, 1))
+    if len(sources) == 1:
+        return tuple(x[0].expand(rows, -1, -1, -1) for x in (keys, values))
     if len(sources) == 2 and keys[1].shape[0] == rows and not torch.compiler.is_compiling():  # meta tokens and a text
         return Join.apply(keys[0], values[0], keys[1], values[1])
     return tuple(torch.cat([x.expand(rows, -1, -1, -1) for x in parts], dim=2) for parts in (keys, values))
 
 
-def _joined_heads(q, k, v, mask, scale, grouped, options, dv):
+def _joined_heads(q, k, v, mask, scale, grouped, dv):
     """-> (B, T, H dv). Part of what is compiled: a gradient that comes in this layout is not copied to another then."""
-    y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return y[..., :dv].transpose(1, 2).flatten(2)
 
 

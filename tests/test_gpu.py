@@ -322,6 +322,21 @@ def test_gemv(rows):
     check(torch.relu(w @ x).square(), squared_relu=True)
 
 
+def test_beginning_of_a_step():
+    """Rows of different lengths, a ring that has gone round and a span."""
+    torch.manual_seed(0)
+    ids, lengths, embedding, n_meta = torch.tensor([3, 0, 9]), torch.tensor([50, 0, 20]), randn(10, 38), 5
+    positions = [torch.full((3, slots), -7, dtype=torch.int32, device=DEVICE) for slots in (21, 64)]
+    counted = on_device(lengths.int())
+    tokens, now = torch.empty_like(counted), torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    x = step.begin(on_device(ids), on_device(embedding), counted, tokens, now, positions, n_meta)
+    assert torch.equal(x.cpu(), embedding[ids])
+    assert torch.equal(tokens.cpu(), lengths.int()) and torch.equal(counted.cpu(), lengths.int() + 1)
+    assert torch.equal(now.cpu(), lengths.int()[:, None] + n_meta)
+    for at in positions:
+        assert torch.equal(at.cpu(), stored_positions(lengths + 1, at.shape[1], n_meta).int())
+
+
 @pytest.mark.parametrize("case", ["keys of its own", "another layer's keys", "no meta tokens", "norms of heads"])
 def test_branches_of_one_row(case):
     """Attention beside the recurrence's step, from what the input projection leaves; a ring that goes round."""

@@ -9,9 +9,10 @@ what stands before and after a product is folded into it:
                                                 the sums of squares that s needs
     SiLU(W x) (V x), relu(W x)^2, + residual    after it
 
-A warp owns a row of W, and loads all of it before it looks at x: kernels of one step overlap (`common.overlap`), so
-that the weights of a product are on their way while the kernels before it still run, and memory never waits for a
-launch.
+Rows of W are asked for before a kernel looks at x: the kernels of a step overlap (`common.overlap`), so that the
+weights of a product are on their way while the kernels before it still run, and memory never waits for a launch. On
+cards that have bulk copies the product is in CUDA C++, and rows come to shared memory (gemv.cu; `gemv_cuda.fits`
+chooses); in Triton's, for the others, a warp owns a row, in registers.
 
 Between the products of a batch of one stand two kernels (`branches`): `attend_and_project`, attention over pieces of
 the keys beside the projection of B, C and dt, and `merge_and_scan`, which joins the pieces beside the recurrence's
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hymba.ops.gpu import gemv_cuda
 from hymba.ops.gpu.common import INTERPRET, LOG2E, inputs_ready, let_next_begin, overlap, softplus
 from hymba.ops.gpu.decode import absorb, merge_head, plan, store_piece
 from hymba.visibility import KeyValue
@@ -137,6 +139,9 @@ def gemv(
         "RESIDUAL": int(residual is not None),
     }  # fmt: skip
     arguments = x, norm, x2, squares, heads, w, up, residual, y, rows, eps
+    if gemv_cuda.fits(*arguments):
+        gemv_cuda.gemv(arguments, form, early)
+        return
     BN = 8 if rows >= 4096 and up is None else 4
     # at 154 registers, four programs of the 1.5B shape's 400 would have to wait until others are done
     options = _at_most(128, w) if mean_with else overlap(x.device) if early else {"PDL": False}

@@ -1,10 +1,10 @@
 """The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included. The
-scan of enough rows in bfloat16, or in float32 without gradients, is in CUDA C++, which the compiler that comes with
-PyTorch (NVRTC) compiles when it is first called.
+scan of enough rows in bfloat16, or in float32 without gradients, and the matrix-vector products of decoding on cards
+since Hopper are in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
 family says what it computes, how it is tiled and what is float32: scan, conv, norm, flex (attention), decode,
-elementwise, loss.
+elementwise, loss; step is a decoding step of the CUDA graph.
 """
 
 from collections.abc import Sequence

@@ -170,7 +170,14 @@ def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
 def test_conv(documents):
     torch.manual_seed(0)
     starts = torch.rand(2, 21) < 0.3 if documents else None
-    assert_as_reference("causal_conv", [randn(2, 21, 13), randn(13, 4), randn(13), randn(1, 3, 13), starts])
+    for name, rows in (("causal_conv", 1), ("causal_conv", 2), ("branch_conv", 1)):
+        assert_as_reference(name, [randn(2, 21, 13), randn(13, 4), randn(13), randn(rows, 3, 13), starts])
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (2, 4), (9, 2)])
+def test_conv_of_few_steps(T, K):
+    torch.manual_seed(0)
+    assert_as_reference("causal_conv", [randn(2, T, 9), randn(9, K), randn(9), randn(1, K - 1, 9), None])
 
 
 def test_norms():

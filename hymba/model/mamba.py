@@ -61,9 +61,9 @@ class Mamba(nn.Module):
         -> y: (B, T, E), conv state and SSM state after each row's last token
         """
         after = conv_tail(conv_state, u, layout.lengths)
-        u = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
+        branch, u = ops.branch_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
         plain = type(self.x_proj) is nn.Linear  # neither quantised nor adapted
-        low = ops.linear(u, self.x_proj.weight) if plain else self.x_proj(u)
+        low = ops.linear(branch, self.x_proj.weight) if plain else self.x_proj(branch)
         dt, B, C = low.split(self.widths, dim=-1)
         dt = ops.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
         A = -torch.exp(self.A_log.float())

@@ -136,6 +136,10 @@ def causal_conv(x, weight, bias, state, starts=None):
     return backend(x).causal_conv(x, weight, bias, state, starts)
 
 
+def branch_conv(x, weight, bias, state, starts=None):
+    return backend(x).branch_conv(x, weight, bias, state, starts)
+
+
 def selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None):
     return backend(u).selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths)
 
@@ -165,8 +169,8 @@ def cross_entropy_(logits, targets, ignored):
 
 
 _NAMES = (
-    "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate",
-    "gated_silu", "linear", "cross_entropy_",
+    "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd", "attention",
+    "rotate", "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

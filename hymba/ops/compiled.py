@@ -111,6 +111,11 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _conv_forward(x, weight, bias, state, starts)
 
 
+def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
+
+
 # ---- norms
 
 

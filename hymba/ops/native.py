@@ -205,6 +205,11 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _Conv.apply(*inputs) if needs_grad(*inputs[:4]) else conv_forward(*inputs)
 
 
+def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
+
+
 # ---- norms
 
 

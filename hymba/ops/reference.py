@@ -74,6 +74,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: 
     return F.silu(y).to(x.dtype)
 
 
+def branch_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` in front of a branch: its output for the branch, and once more for what stands beside it"""
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
+
+
 def _since_start(starts: Tensor, far: int) -> Tensor:
     """starts: (B, T) bool -> (B, T), how many steps ago the document began; before any start, at least `far`."""
     time = torch.arange(starts.shape[1], device=starts.device)

@@ -17,7 +17,7 @@ from hymba.ops import reference
 from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
 from hymba.ops.gpu import flex
 from hymba.ops.gpu.common import needs_grad
-from hymba.ops.gpu.conv import FAR, conv_forward
+from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
@@ -51,11 +51,24 @@ def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Te
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
-    age = None
-    if starts is not None:
-        time = torch.arange(starts.shape[1], device=starts.device)
-        age = (time - torch.where(starts, time, -FAR).cummax(dim=1).values).to(torch.int32)
-    return conv_forward(x, weight, bias, state, age)
+    return conv_forward(x, weight, bias, state, _age(starts))
+
+
+def branch_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        y = causal_conv(x, weight, bias, state, starts)
+        return y, y
+    return BranchConv.apply(x, weight, bias, state, _age(starts))
+
+
+def _age(starts: Tensor | None) -> Tensor | None:
+    """starts: (B, T) bool -> (B, T) int32, how many steps ago the document began"""
+    if starts is None:
+        return None
+    time = torch.arange(starts.shape[1], device=starts.device)
+    return (time - torch.where(starts, time, -FAR).cummax(dim=1).values).to(torch.int32)
 
 
 def selective_scan(

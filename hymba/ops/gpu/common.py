@@ -66,7 +66,7 @@ def add_up(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     parts: (P, n) float32; first, second: written, contiguous, of n elements together
     """
     P, n = parts.shape
-    BP, BLOCK = (8, 16) if INTERPRET else (64, 32)
+    BP, BLOCK = (8, 16) if INTERPRET else (128, 16)
     _add_up_kernel[(triton.cdiv(n, BLOCK),)](
         parts, first, first if second is None else second, P, n, first.numel(), BP=BP, BLOCK=BLOCK, num_warps=4
     )

@@ -185,6 +185,7 @@ def test_norms():
     x, y, v, w = randn(2, 7, 33), randn(2, 7, 33), randn(33), randn(33)
     assert_as_reference("rms_norm", [x, v, 1e-6])
     assert_as_reference("branch_norm", [x, v, 1e-6])
+    assert_as_reference("branch_norm", [x, v, 1e-6, y])
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
 

@@ -115,11 +115,10 @@ class Block(nn.Module):
         """As `HybridHeads.forward`; None for what heads of one kind do not have. dropout: of both branches' outputs"""
         normed, x = self.heads_norm.branch(x)
         y, sources, conv_state, ssm_state = self.heads(normed, layout, past, shared)
-        x = x + F.dropout(y, dropout)
         if self.has_mlp:
-            normed, x = self.mlp_norm.branch(x)
-            x = x + F.dropout(self.mlp(normed), dropout)
-        return x, sources, conv_state, ssm_state
+            normed, x = self.mlp_norm.branch(x, F.dropout(y, dropout))
+            y = self.mlp(normed)
+        return x + F.dropout(y, dropout), sources, conv_state, ssm_state
 
 
 class Hymba(nn.Module):

@@ -124,8 +124,8 @@ def rms_norm(x, weight, eps):
     return backend(x).rms_norm(x, weight, eps)
 
 
-def branch_norm(x, weight, eps):
-    return backend(x).branch_norm(x, weight, eps)
+def branch_norm(x, weight, eps, added=None):
+    return backend(x).branch_norm(x, weight, eps, added)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):

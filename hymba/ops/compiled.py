@@ -189,7 +189,8 @@ def _mean_grad(ctx, gy):
 _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 

@@ -322,7 +322,8 @@ class _Mean(torch.autograd.Function):
         return (*mean_backward(*ctx.saved_tensors, ctx.eps, gy), None)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 

@@ -38,8 +38,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm in front of a branch with a residual beside it. x: (..., D) -> normed x, and x"""
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMSNorm in front of a branch with a residual beside it.
+
+    x: (..., D), added: (..., D), what the branch before gave, if there was one -> normed sum, and the sum
+    """
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 

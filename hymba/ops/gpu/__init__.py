@@ -38,10 +38,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_forward(x, weight, eps)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
-        return reference.branch_norm(x, weight, eps)
-    return BranchNorm.apply(x, weight, eps)
+        return reference.branch_norm(x, weight, eps, added)
+    return BranchNorm.apply(x, weight, eps, added)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:

@@ -31,13 +31,24 @@ def _normed(x, D, eps):
 
 
 @triton.jit
-def _forward_kernel(x, weight, y, rows, D, x_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+def _forward_kernel(
+    x, added, weight, y, total, rows, D, x_row, added_row, eps,
+    ADDED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """ADDED: norm of the sum of x and another tensor, which is stored beside it"""
     r, d = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, BD)
     real = (r < rows)[:, None] & (d < D)[None, :]
+    at = r[:, None] * D + d[None, :]
+    TYPE: tl.constexpr = total.dtype.element_ty
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    n, _ = _normed(tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32), D, eps)
-    n = n.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + r[:, None] * D + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=real)
+    x_tile = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        x_tile += tl.load(added + r[:, None] * added_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+        x_tile = x_tile.to(TYPE)
+        tl.store(total + at, x_tile, mask=real)
+        x_tile = x_tile.to(tl.float32)
+    n, _ = _normed(x_tile, D, eps)
+    tl.store(y + at, (n.to(TYPE).to(tl.float32) * w[None, :]).to(y.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -100,8 +111,9 @@ def _add_each(a, b, c, d, e, f, g, h):
 def _mean_backward_kernel(
     a, b, a_weight, b_weight, dy, da, db, dw, rows, D, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """dw: (programs, 2 D), of both weights. The next rows come while these are worked on, and all sums over a row are taken at once: rows are long, so few
-    fit on a multiprocessor, and each would wait for memory and for every sum in turn."""
+    """dw: (programs, 2 D), of both weights. The next rows come while these are worked on, and all sums over a row are
+    taken at once: rows are long, so few fit on a multiprocessor, and each would wait for memory and for every sum in
+    turn."""
     d = tl.arange(0, BD)
     wa = tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)
     wb = tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)
@@ -146,15 +158,24 @@ def _tile(D: int) -> dict[str, int]:
     return {"BR": max(1, ELEMENTS // BD // 4 if BD < 1024 else 1), "BD": BD, "num_warps": 8 if BD > 2048 else 4}
 
 
+def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> norm of the sum, the sum"""
+    total = x
+    if added is not None:
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, added.dtype), device=x.device)
+    y, flat, tile = rms_norm_like(total, weight, eps), _rows(x), _tile(x.shape[-1])
+    other, (rows, D) = flat if added is None else _rows(added), flat.shape
+    _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        flat, other, weight.contiguous(), y, total, rows, D, flat.stride(0), other.stride(0), eps,
+        ADDED=added is not None, **tile,
+    )  # fmt: skip
+    return y, total
+
+
 @library_op("rms_norm_forward")
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., D), weight: (D,)"""
-    y, flat = rms_norm_like(x, weight, eps), _rows(x)
-    (rows, D), tile = flat.shape, _tile(x.shape[-1])
-    _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
-        flat, weight.contiguous(), y, rows, D, flat.stride(0), eps, **tile
-    )  # fmt: skip
-    return y
+    return _forward(x, None, weight, eps)[0]
 
 
 @rms_norm_forward.register_fake
@@ -201,21 +222,24 @@ rms_norm_forward.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 
 class BranchNorm(torch.autograd.Function):
-    """As `reference.branch_norm`: one kernel adds the gradients of both outputs."""
+    """As `reference.branch_norm`: one kernel adds, if there is something to add, and norms; one backward adds the
+    gradients of both outputs."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(ctx, x, weight, eps, added):
+        y, total = _forward(x, added, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.adds = eps, added is not None
         ctx.set_materialize_grads(False)
-        return rms_norm_forward(x, weight, eps), x
+        return y, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, beside):
-        if dy is None:
-            return beside, None, None
-        return *rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, beside), None
+    def backward(ctx, dy, dtotal):
+        dweight = None
+        if dy is not None:
+            dtotal, dweight = rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, dtotal)
+        return dtotal, dweight, None, dtotal if ctx.adds else None
 
 
 @library_op("mean_of_norms_forward")

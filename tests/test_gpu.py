@@ -298,6 +298,25 @@ def test_attention_of_narrow_heads(dk, monkeypatch):
     assert_near(actual.cpu(), reference.attention(*inputs), FP32, "y")
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_joined_keys(rows):
+    """Keys as they come from a projection; meta tokens' are one row's, or each row has its own."""
+    torch.manual_seed(0)
+    B, G, M, T = 2, 3, 5, 19
+    text = [randn(B, T, G, d).transpose(1, 2) for d in (6, 12)]
+    at = torch.arange(M + T)[None]
+
+    def join(meta_k, meta_v, k, v):
+        return flex.joined([KeyValue(meta_k, meta_v, at[:, :M]), KeyValue(k, v, at[:, M:])], B, k.dtype)
+
+    def expected(*inputs):
+        return tuple(torch.cat([x.expand(B, -1, -1, -1), y], 2) for x, y in zip(inputs[:2], inputs[2:], strict=True))
+
+    inputs = [randn(rows, G, M, 6), randn(rows, G, M, 12), *text]
+    for a, b in zip(run(join, on_device(inputs)), run(expected, inputs), strict=True):
+        assert_near(a.cpu(), b, FP32, "joined")
+
+
 def _chosen(count, index):
     """count: (rows, n), index: (rows, n, m) -> (rows, n, m), whether a block is among the first `count`"""
     listed = torch.arange(index.shape[2]) < count[..., None]

@@ -12,7 +12,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
 from hymba.ops import gpu, reference  # noqa: E402
-from hymba.ops.gpu import cuda, decode, flex, scan_cuda, step  # noqa: E402
+from hymba.ops.gpu import cuda, decode, flex, scan_cuda, slices, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -178,6 +177,28 @@ def test_conv(documents):
 def test_conv_of_few_steps(T, K):
     torch.manual_seed(0)
     assert_as_reference("causal_conv", [randn(2, T, 9), randn(9, K), randn(9), randn(1, K - 1, 9), None])
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_split(readers, monkeypatch):
+    """A convolution writes its input's gradient into that of the whole; with another reader that is not all of it."""
+    monkeypatch.setattr(slices, "LEAST", 0)
+    written = []
+    monkeypatch.setattr(
+        slices._Gradient, "place", lambda self, i, place=slices._Gradient.place: written.append(i) or place(self, i)
+    )
+
+    def read(x, *conv, ops):
+        a, b, _ = ops.split(x, (5, 8, 3))
+        y = [a.exp(), *ops.branch_conv(b, *conv)]
+        return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)  # nobody reads c
+
+    torch.manual_seed(0)
+    inputs = [randn(2, 21, 16), randn(8, 4), randn(8), randn(1, 3, 8)]
+    expected = run(lambda *x: read(*x, ops=reference), inputs)
+    for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
+        assert_near(a.cpu(), b, FP32, "split")
+    assert written == [1] * readers
 
 
 def test_norms():

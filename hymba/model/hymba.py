@@ -59,7 +59,7 @@ class HybridHeads(nn.Module):
 
         -> (B, T, D), the keys and values that were read, conv state, SSM state
         """
-        q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)  # one projection feeds both
+        q, *kv, u, gate = ops.split(self.in_proj(x), self.widths)  # one projection feeds both
         sources = self.attention.sources(kv, layout, past, shared)
         attn = self.attention(q, layout, sources)  # (B, T, A)
         ssm, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)  # (B, T, E)

@@ -152,6 +152,10 @@ def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
 
 
+def split(x, widths):
+    return backend(x).split(x, widths)
+
+
 def rotate(x, cos, sin):
     return backend(x).rotate(x, cos, sin)
 
@@ -170,7 +174,7 @@ def cross_entropy_(logits, targets, ignored):
 
 _NAMES = (
     "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd", "attention",
-    "rotate", "gated_silu", "linear", "cross_entropy_",
+    "split", "rotate", "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

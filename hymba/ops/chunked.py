@@ -26,12 +26,13 @@ from hymba.ops.reference import (
     mean_of_norms,
     rms_norm,
     rotate,
+    split,
 )
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
     "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_silu", "linear", "mean_of_norms",
-    "rms_norm", "rotate", "selective_scan", "ssd",
+    "rms_norm", "rotate", "selective_scan", "split", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

@@ -219,6 +219,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
+def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Slices of the last dimension. x: (..., sum of widths) -> (..., width) each"""
+    return x.split(widths, dim=-1)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Product with a matrix of any widths. x: (..., in), weight: (out, in) -> (..., out)"""
     return F.linear(x, weight)

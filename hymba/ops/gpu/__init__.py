@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hymba.ops import reference
 from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
-from hymba.ops.gpu import flex
+from hymba.ops.gpu import flex, slices
 from hymba.ops.gpu.common import needs_grad
 from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
@@ -106,6 +106,12 @@ def attention(
     ):
         return decode_attention(q, positions, sources, window, n_meta, scale)
     return flex.attention(q, positions, documents, sources, window, n_meta, scale)
+
+
+def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or not needs_grad(x):
+        return reference.split(x, widths)
+    return slices.split(x, widths)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, add_up, library_op, rows_contiguous, sigmoid, silu
+from hymba.ops.gpu.common import INTERPRET, add_up, library_op, rows_contiguous, sigmoid, silu, strides
+from hymba.ops.gpu.slices import place_of
 
 # channels of a program, steps whose loads are under way together, steps of a part at most and at least
 LANES, GROUP, PART, LEAST_PART = (8, 4, 8, 4) if INTERPRET else (128, 4, 128, 16)
@@ -129,7 +130,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x, weight, bias, state, age, dy, beside, dx, dstate, dsums,
-    T, E, x_row, x_step, state_row, state_step, dy_row, dy_step, beside_row, beside_step, steps,
+    T, E, x_row, x_step, state_row, state_step, dy_row, dy_step, beside_row, beside_step, dx_row, dx_step, steps,
     K: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """BESIDE: y's gradient is the sum of two. dsums: (rows, parts, E (K + 1)), of weight (E, K) and bias"""
@@ -141,7 +142,7 @@ def _backward_kernel(
     last = tl.minimum(end + K - 1, T)  # later steps read inputs of this part
     part = row * tl.num_programs(1) + tl.program_id(1)
     x += row * x_row
-    dx += row * T * E
+    dx += row * dx_row
     dy += row * dy_row
     beside += row * beside_row
     state += row * state_row
@@ -164,7 +165,7 @@ def _backward_kernel(
         next_ages = _ages(age, t0 + GROUP, T, GROUP, AGES)
         next_dys = _rows(dy, t0 + GROUP, dy_step, last, e, real_e, GROUP)
         next_besides = _rows(beside, t0 + GROUP, beside_step, last, e, real_e & BESIDE, GROUP)
-        out = dx + tl.cast(t0 - (K - 1), tl.int64) * E + e
+        out = dx + tl.cast(t0 - (K - 1), tl.int64) * dx_step + e
         for i in tl.static_range(GROUP):
             t, since = t0 + i, ages[i]
             new = xs[i].to(tl.float32)
@@ -202,7 +203,7 @@ def _backward_kernel(
                 tl.store(dstate + t * E + e, whole, mask=real_e)
             done = t - (K - 1)
             complete = real_e & (done >= begin) & (done < end)
-            tl.store(out + i * E, whole.to(dx.dtype.element_ty), mask=complete)
+            tl.store(out + i * dx_step, whole.to(dx.dtype.element_ty), mask=complete)
         xs, ages, dys, besides = next_xs, next_ages, next_dys, next_besides
     dsums += part * E * (K + 1)
     for back in tl.static_range(K):
@@ -248,17 +249,21 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Tensor | None, dy: Tensor, beside: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output's gradient is `dy`, and `beside` added to it -> gradients of x, weight, bias, state"""
+    return _gradients(x, weight, bias, state, age, dy, beside, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def _gradients(x, weight, bias, state, age, dy, beside, dx):
+    """dx: the gradient of x, to be written"""
     x, dy, weight, state = rows_contiguous(x), rows_contiguous(dy), weight.contiguous(), rows_contiguous(state)
     other = dy if beside is None else rows_contiguous(beside)
     (rows, T, E), K = x.shape, weight.shape[1]
     programs, steps = _parts(x)
     f32 = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dsums = torch.empty(rows * programs[1], E * (K + 1), **f32)
     dstate = torch.empty(rows, 1, K - 1, E, **f32) if age is None else torch.zeros(rows, programs[1], K - 1, E, **f32)
     _backward_kernel[programs](
         x, weight, bias, state, x if age is None else age, dy, other, dx, dstate, dsums,
-        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), *dy.stride()[:2], *other.stride()[:2], steps,
+        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), *strides(dy, other, dx), steps,
         K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -292,6 +297,7 @@ class BranchConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         ctx.save_for_backward(*inputs)
+        ctx.place = place_of(inputs[0])
         ctx.set_materialize_grads(False)
         y = conv_forward(*inputs)
         return y, y.detach()
@@ -302,4 +308,7 @@ class BranchConv(torch.autograd.Function):
         given = [x for x in gradients if x is not None]
         if not given:
             return (None,) * 5
-        return *conv_backward(*ctx.saved_tensors, *given, *[None] * (2 - len(given))), None
+        x = ctx.saved_tensors[0]
+        dx = ctx.place() if ctx.place else None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+        return *_gradients(*ctx.saved_tensors, *given, *[None] * (2 - len(given)), dx), None

@@ -165,6 +165,24 @@ def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
     assert_as_reference("selective_scan", inputs, [torch.bfloat16])
 
 
+@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+def test_scan_in_cuda_writes_the_gradient_of_a_slice(cuda_on_cpu, monkeypatch):
+    monkeypatch.setattr(slices, "LEAST", 0)
+    torch.manual_seed(0)
+    *inputs, gate, state = scan_inputs(2, 19, 40, 16)[:9]
+    inputs = [_bf16(x) for x in (torch.cat([randn(2, 19, 16), gate], dim=2), *inputs, state)]
+
+    def scan(ops):
+        def call(wide, *inputs):
+            other, gate = ops.split(wide, (16, 40))
+            return other.exp(), *ops.selective_scan(*inputs[:7], gate, inputs[7])
+
+        return call
+
+    for a, b in zip(run(scan(gpu), inputs), run(scan(reference), inputs, torch.float32), strict=True):
+        assert_near(a, b, BF16, "scan of a slice")
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_conv(documents):
     torch.manual_seed(0)

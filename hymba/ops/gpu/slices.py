@@ -25,8 +25,8 @@ def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def place_of(x: Tensor) -> Callable[[], Tensor | None] | None:
-    """To be asked in the forward pass: if x is a slice, a function that says once in the backward pass where its gradient
-    shall be written"""
+    """To be asked in the forward pass: if x is a slice, a function that says, once in the backward pass, where its
+    gradient shall be written"""
     return getattr(x, "gradient_place", None)
 
 

@@ -199,24 +199,27 @@ def test_conv_of_few_steps(T, K):
 
 @pytest.mark.parametrize("readers", [1, 2])
 def test_split(readers, monkeypatch):
-    """A convolution writes its input's gradient into that of the whole; with another reader that is not all of it."""
+    """A convolution and a rotation write gradients into that of the whole; another reader's are added."""
     monkeypatch.setattr(slices, "LEAST", 0)
     written = []
     monkeypatch.setattr(
         slices._Gradient, "place", lambda self, i, place=slices._Gradient.place: written.append(i) or place(self, i)
     )
 
-    def read(x, *conv, ops):
-        a, b, _ = ops.split(x, (5, 8, 3))
-        y = [a.exp(), *ops.branch_conv(b, *conv)]
-        return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)  # nobody reads c
-
     torch.manual_seed(0)
-    inputs = [randn(2, 21, 16), randn(8, 4), randn(8), randn(1, 3, 8)]
+    angles = randn(1, 1, 21, 2).repeat(1, 1, 1, 2)
+
+    def read(x, *conv, ops):
+        a, b, c, _ = ops.split(x, (5, 8, 12, 3))  # one that nobody reads
+        cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+        y = [a.exp(), *ops.branch_conv(b, *conv), ops.rotate(ops.heads(c, 3), cos, sin)]
+        return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)
+
+    inputs = [randn(2, 21, 28), randn(8, 4), randn(8), randn(1, 3, 8)]
     expected = run(lambda *x: read(*x, ops=reference), inputs)
     for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
         assert_near(a.cpu(), b, FP32, "split")
-    assert written == [1] * readers
+    assert sorted(written) == [1] * readers + [2]
 
 
 def test_norms():

@@ -156,6 +156,10 @@ def split(x, widths):
     return backend(x).split(x, widths)
 
 
+def heads(x, count):
+    return backend(x).heads(x, count)
+
+
 def rotate(x, cos, sin):
     return backend(x).rotate(x, cos, sin)
 
@@ -174,7 +178,7 @@ def cross_entropy_(logits, targets, ignored):
 
 _NAMES = (
     "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd", "attention",
-    "split", "rotate", "gated_silu", "linear", "cross_entropy_",
+    "split", "heads", "rotate", "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

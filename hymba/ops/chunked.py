@@ -22,6 +22,7 @@ from hymba.ops.reference import (
     cross_entropy_,
     float32_inside,
     gated_silu,
+    heads,
     linear,
     mean_of_norms,
     rms_norm,
@@ -31,8 +32,8 @@ from hymba.ops.reference import (
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
-    "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_silu", "linear", "mean_of_norms",
-    "rms_norm", "rotate", "selective_scan", "split", "ssd",
+    "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_silu", "heads", "linear",
+    "mean_of_norms", "rms_norm", "rotate", "selective_scan", "split", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

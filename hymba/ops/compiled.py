@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hymba.ops import native
-from hymba.ops.reference import cross_entropy_, gated_silu, linear, rotate, split  # noqa: F401  (the compiler fuses them)
+from hymba.ops.reference import cross_entropy_, gated_silu, heads, linear, rotate, split  # noqa: F401  (the compiler fuses them)
 from hymba.visibility import KeyValue
 
 

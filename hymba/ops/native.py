@@ -15,7 +15,7 @@ from torch import Tensor
 from hymba.errors import UserError
 from hymba.ops import reference
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
-from hymba.ops.reference import gated_silu, linear, rotate, split  # noqa: F401  in decoding parts of other kernels
+from hymba.ops.reference import gated_silu, heads, linear, rotate, split  # noqa: F401  in decoding parts of other kernels
 from hymba.visibility import KeyValue
 
 MAX_SOURCES = 16  # kMaxSources in csrc/attention.cpp

@@ -224,6 +224,11 @@ def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     return x.split(widths, dim=-1)
 
 
+def heads(x: Tensor, count: int) -> Tensor:
+    """x: (B, T, count d) -> (B, count, T, d)"""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Product with a matrix of any widths. x: (..., in), weight: (out, in) -> (..., out)"""
     return F.linear(x, weight)

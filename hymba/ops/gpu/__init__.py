@@ -114,6 +114,10 @@ def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     return slices.split(x, widths)
 
 
+def heads(x: Tensor, count: int) -> Tensor:
+    return slices.heads(x, count)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return reference.rotate(x, cos, sin)

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hymba.ops import reference
+
 LEAST = 2**22  # elements: of fewer, several copies take longer than one that joins all
 
 
@@ -28,6 +30,18 @@ def place_of(x: Tensor) -> Callable[[], Tensor | None] | None:
     """To be asked in the forward pass: if x is a slice, a function that says, once in the backward pass, where its
     gradient shall be written"""
     return getattr(x, "gradient_place", None)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """As `reference.heads`; the place of the gradient goes along"""
+    y, place = reference.heads(x, count), place_of(x)
+    if place:
+        y.gradient_place = lambda: _heads_of(place(), count)
+    return y
+
+
+def _heads_of(x: Tensor | None, count: int) -> Tensor | None:
+    return None if x is None else reference.heads(x, count)
 
 
 class _Gradient:

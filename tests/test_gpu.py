@@ -26,7 +26,7 @@ import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
 from hymba.ops import gpu, reference  # noqa: E402
-from hymba.ops.gpu import cuda, decode, flex, gemv_cuda, scan_cuda, step  # noqa: E402
+from hymba.ops.gpu import cuda, decode, flex, gemv_cuda, scan_cuda, slices, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -169,11 +169,61 @@ def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
     assert_as_reference("selective_scan", inputs, [torch.bfloat16])
 
 
+@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+def test_scan_in_cuda_writes_the_gradient_of_a_slice(cuda_on_cpu, monkeypatch):
+    monkeypatch.setattr(slices, "LEAST", 0)
+    torch.manual_seed(0)
+    *inputs, gate, state = scan_inputs(2, 19, 40, 16)[:9]
+    inputs = [_bf16(x) for x in (torch.cat([randn(2, 19, 16), gate], dim=2), *inputs, state)]
+
+    def scan(ops):
+        def call(wide, *inputs):
+            other, gate = ops.split(wide, (16, 40))
+            return other.exp(), *ops.selective_scan(*inputs[:7], gate, inputs[7])
+
+        return call
+
+    for a, b in zip(run(scan(gpu), inputs), run(scan(reference), inputs, torch.float32), strict=True):
+        assert_near(a, b, BF16, "scan of a slice")
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_conv(documents):
     torch.manual_seed(0)
     starts = torch.rand(2, 21) < 0.3 if documents else None
-    assert_as_reference("causal_conv", [randn(2, 21, 13), randn(13, 4), randn(13), randn(1, 3, 13), starts])
+    for name, rows in (("causal_conv", 1), ("causal_conv", 2), ("branch_conv", 1)):
+        assert_as_reference(name, [randn(2, 21, 13), randn(13, 4), randn(13), randn(rows, 3, 13), starts])
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (2, 4), (9, 2)])
+def test_conv_of_few_steps(T, K):
+    torch.manual_seed(0)
+    assert_as_reference("causal_conv", [randn(2, T, 9), randn(9, K), randn(9), randn(1, K - 1, 9), None])
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_split(readers, monkeypatch):
+    """A convolution and a rotation write gradients into that of the whole; another reader's are added."""
+    monkeypatch.setattr(slices, "LEAST", 0)
+    written = []
+    monkeypatch.setattr(
+        slices._Gradient, "place", lambda self, i, place=slices._Gradient.place: written.append(i) or place(self, i)
+    )
+
+    torch.manual_seed(0)
+    angles = randn(1, 1, 21, 2).repeat(1, 1, 1, 2)
+
+    def read(x, *conv, ops):
+        a, b, c, _ = ops.split(x, (5, 8, 12, 3))  # one that nobody reads
+        cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+        y = [a.exp(), *ops.branch_conv(b, *conv), ops.rotate(ops.heads(c, 3), cos, sin)]
+        return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)
+
+    inputs = [randn(2, 21, 28), randn(8, 4), randn(8), randn(1, 3, 8)]
+    expected = run(lambda *x: read(*x, ops=reference), inputs)
+    for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
+        assert_near(a.cpu(), b, FP32, "split")
+    assert sorted(written) == [1] * readers + [2]
 
 
 def test_norms():
@@ -181,6 +231,7 @@ def test_norms():
     x, y, v, w = randn(2, 7, 33), randn(2, 7, 33), randn(33), randn(33)
     assert_as_reference("rms_norm", [x, v, 1e-6])
     assert_as_reference("branch_norm", [x, v, 1e-6])
+    assert_as_reference("branch_norm", [x, v, 1e-6, y])
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
 
@@ -292,6 +343,25 @@ def test_attention_of_narrow_heads(dk, monkeypatch):
     inputs = [randn(B, 4, T, dk), at[:, M:], None, sources, 20, M, 0.3]
     actual = flex.attention(*(on_device(x) for x in inputs))
     assert_near(actual.cpu(), reference.attention(*inputs), FP32, "y")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_joined_keys(rows):
+    """Keys as they come from a projection; meta tokens' are one row's, or each row has its own."""
+    torch.manual_seed(0)
+    B, G, M, T = 2, 3, 5, 19
+    text = [randn(B, T, G, d).transpose(1, 2) for d in (6, 12)]
+    at = torch.arange(M + T)[None]
+
+    def join(meta_k, meta_v, k, v):
+        return flex.joined([KeyValue(meta_k, meta_v, at[:, :M]), KeyValue(k, v, at[:, M:])], B, k.dtype)
+
+    def expected(*inputs):
+        return tuple(torch.cat([x.expand(B, -1, -1, -1), y], 2) for x, y in zip(inputs[:2], inputs[2:], strict=True))
+
+    inputs = [randn(rows, G, M, 6), randn(rows, G, M, 12), *text]
+    for a, b in zip(run(join, on_device(inputs)), run(expected, inputs), strict=True):
+        assert_near(a.cpu(), b, FP32, "joined")
 
 
 def _chosen(count, index):

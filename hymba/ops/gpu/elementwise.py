@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.gpu.common import INTERPRET, library_op, rows_contiguous
+from hymba.ops.gpu.slices import place_of
 
 BLOCK, STEPS = (16, 8) if INTERPRET else (2048, 64)
 
@@ -41,8 +42,9 @@ def _rotate_kernel(
     tl.store(at + HALF, (right * c + left * s).to(TYPE), mask=real)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    x, cos, sin, y = rows_contiguous(x), cos.contiguous(), sin.contiguous(), rotate_like(x, cos, sin)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool, y: Tensor | None = None) -> Tensor:
+    x, cos, sin = rows_contiguous(x), cos.contiguous(), sin.contiguous()
+    y = rotate_like(x, cos, sin) if y is None else y
     B, H, T, dk = x.shape
     _rotate_kernel[(triton.cdiv(T, STEPS), H, B)](
         x, cos, sin, y, T, *x.stride()[:3], 0 if cos.shape[0] == 1 else T * dk, *y.stride()[:3],
@@ -73,9 +75,12 @@ rotate_backward.register_fake(rotate_like)
 
 def _rotate_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
+    ctx.place = place_of(inputs[0])
 
 
 def _rotate_backward(ctx, dy):
+    if ctx.place:  # a slice, so no graph is being compiled
+        return _rotate(dy, *ctx.saved_tensors, True, ctx.place()), None, None
     return torch.ops.hymba_gpu.rotate_backward(dy, *ctx.saved_tensors), None, None
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hymba.ops import chunked
 from hymba.ops.gpu.common import needs_grad
+from hymba.ops.gpu.join import Join
 from hymba.visibility import EMPTY, KeyValue
 
 LEAST = 16  # width of a head that the compiled kernel takes
@@ -51,8 +52,7 @@ def attention(
     pairs, few = B * T * S, FEW * MANY if S <= SHORT else FEW
     if not compiling and pairs <= few:
         return chunked.attention(q, positions, documents, sources, window, n_meta, scale)
-    k, v = (torch.cat([x.to(q.dtype).expand(B, -1, -1, -1) for x in parts], dim=2) for parts in zip(
-        *(source[:2] for source in sources), strict=True))  # fmt: skip
+    k, v = joined(sources, B, q.dtype)
     # the same for all layers with this window: made once, unless the compiler sees to that
     make = block_mask.__wrapped__ if compiling else block_mask
     where = tuple(source.positions for source in sources)
@@ -66,6 +66,14 @@ def attention(
     if not compiling and T >= BLOCK and q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device)[0] == 9:
         options = HOPPER
     return flex(q, k, v, mask, scale, k.shape[1] != H, options, dv)
+
+
+def joined(sources: Sequence[KeyValue], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of all sources -> (rows, G, S, dk), (rows, G, S, dv)"""
+    keys, values = ([source[i].to(dtype) for source in sources] for i in (0, 1))
+    if len(sources) == 2 and keys[1].shape[0] == rows and not torch.compiler.is_compiling():  # meta tokens and a text
+        return Join.apply(keys[0], values[0], keys[1], values[1])
+    return tuple(torch.cat([x.expand(rows, -1, -1, -1) for x in parts], dim=2) for parts in (keys, values))
 
 
 def _joined_heads(q, k, v, mask, scale, grouped, options, dv):

@@ -153,8 +153,9 @@ gated_silu_forward.register_autograd(_gated_backward, setup_context=_gated_setup
 
 
 class GatedLinear(torch.autograd.Function):
-    """As `reference.gated_linear`. The gradients of both products stand side by side, so that x and the weights get
-    theirs from one product each: long ones are faster than two and a sum."""
+    """As `reference.gated_linear`. The gradients of both products stand side by side, so that x gets its own from one
+    long product, which is faster than two and a sum. (For the weights two are: 760 us instead of 830 for 16384 tokens of
+    the 1.5B shape on an H100.)"""
 
     @staticmethod
     def forward(ctx, x, gate, up):
@@ -169,6 +170,6 @@ class GatedLinear(torch.autograd.Function):
         width = gate.shape[0]
         both = torch.empty(*z.shape[:-1], 2 * width, dtype=z.dtype, device=z.device)
         _gated_backward_into(z, v, dy, both[..., :width], both[..., width:])
-        both = both.flatten(0, -2)
+        both, rows = both.flatten(0, -2), x.flatten(0, -2)
         dx = (both @ torch.cat((gate, up))).view_as(x)
-        return dx, *(both.T @ x.flatten(0, -2)).split(width)
+        return dx, *(half.T @ rows for half in both.split(width, dim=-1))

@@ -26,7 +26,7 @@ import triton.language as tl  # noqa: E402
 from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_inputs  # noqa: E402
 
 from hymba.ops import chunked, gpu, reference  # noqa: E402
-from hymba.ops.gpu import blocks, cuda, decode, flash, flex, scan_cuda, step  # noqa: E402
+from hymba.ops.gpu import blocks, cuda, decode, flash, flex, gemv_cuda, scan_cuda, slices, step  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -111,12 +111,12 @@ def test_scan_is_repeatable():
 
 
 @cache
-def emulated(name: str, macros: tuple) -> ctypes.CDLL:
-    """A kernel of scan.cu as a function for the CPU."""
+def emulated(file: Path, name: str, macros: tuple) -> ctypes.CDLL:
+    """A kernel in CUDA C++ as a function for the CPU."""
     source = "\n".join(
         (
             f'#include "{Path(__file__).with_name("emulate_cuda.h")}"',
-            f'#include "{scan_cuda.SOURCE}"',
+            f'#include "{file}"',
             'extern "C" void launch(void** arguments, int blocks, int threads) '
             f"{{ run({name}, arguments, blocks, threads); }}",
         )
@@ -130,25 +130,28 @@ def emulated(name: str, macros: tuple) -> ctypes.CDLL:
 
 @pytest.fixture
 def cuda_on_cpu(monkeypatch):
-    """scan.cu without a GPU, with room for five blocks, which divide what is more."""
+    """Kernels in CUDA C++ without a GPU; for the scan with room for five blocks, which divide what is more."""
 
-    def launch(file, name, macros, blocks, threads, shared, arguments):
-        values = [
-            ctypes.c_uint32(x) if isinstance(x, int) else ctypes.c_void_p(0 if x is None else x.data_ptr())
-            for x in arguments
-        ]
+    def launch(file, name, macros, blocks, threads, shared, arguments, overlap=False):
+        values = [cuda.as_argument(x) for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        emulated(name, tuple(sorted(macros.items()))).launch(pointers, blocks, threads)
+        emulated(file, name, tuple(sorted(macros.items()))).launch(pointers, blocks, threads)
 
     def fits(u, dt, gate, A, keep):
         return u.dtype == torch.bfloat16 or not keep
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(scan_cuda, "fits", fits)
+    monkeypatch.setattr(gemv_cuda, "fits", lambda *arguments: True)
     monkeypatch.setattr(scan_cuda, "_room", lambda device: 5)
 
 
-@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+needs_emulator = pytest.mark.skipif(
+    ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++"
+)
+
+
+@needs_emulator
 @pytest.mark.parametrize(
     ("B", "T", "E", "options"),
     [
@@ -168,11 +171,61 @@ def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
     assert_as_reference("selective_scan", inputs, [torch.bfloat16])
 
 
+@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+def test_scan_in_cuda_writes_the_gradient_of_a_slice(cuda_on_cpu, monkeypatch):
+    monkeypatch.setattr(slices, "LEAST", 0)
+    torch.manual_seed(0)
+    *inputs, gate, state = scan_inputs(2, 19, 40, 16)[:9]
+    inputs = [_bf16(x) for x in (torch.cat([randn(2, 19, 16), gate], dim=2), *inputs, state)]
+
+    def scan(ops):
+        def call(wide, *inputs):
+            other, gate = ops.split(wide, (16, 40))
+            return other.exp(), *ops.selective_scan(*inputs[:7], gate, inputs[7])
+
+        return call
+
+    for a, b in zip(run(scan(gpu), inputs), run(scan(reference), inputs, torch.float32), strict=True):
+        assert_near(a, b, BF16, "scan of a slice")
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_conv(documents):
     torch.manual_seed(0)
     starts = torch.rand(2, 21) < 0.3 if documents else None
-    assert_as_reference("causal_conv", [randn(2, 21, 13), randn(13, 4), randn(13), randn(1, 3, 13), starts])
+    for name, rows in (("causal_conv", 1), ("causal_conv", 2), ("branch_conv", 1)):
+        assert_as_reference(name, [randn(2, 21, 13), randn(13, 4), randn(13), randn(rows, 3, 13), starts])
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (2, 4), (9, 2)])
+def test_conv_of_few_steps(T, K):
+    torch.manual_seed(0)
+    assert_as_reference("causal_conv", [randn(2, T, 9), randn(9, K), randn(9), randn(1, K - 1, 9), None])
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_split(readers, monkeypatch):
+    """A convolution and a rotation write gradients into that of the whole; another reader's are added."""
+    monkeypatch.setattr(slices, "LEAST", 0)
+    written = []
+    monkeypatch.setattr(
+        slices._Gradient, "place", lambda self, i, place=slices._Gradient.place: written.append(i) or place(self, i)
+    )
+
+    torch.manual_seed(0)
+    angles = randn(1, 1, 21, 2).repeat(1, 1, 1, 2)
+
+    def read(x, *conv, ops):
+        a, b, c, _ = ops.split(x, (5, 8, 12, 3))  # one that nobody reads
+        cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+        y = [a.exp(), *ops.branch_conv(b, *conv), ops.rotate(ops.heads(c, 3), cos, sin)]
+        return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)
+
+    inputs = [randn(2, 21, 28), randn(8, 4), randn(8), randn(1, 3, 8)]
+    expected = run(lambda *x: read(*x, ops=reference), inputs)
+    for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
+        assert_near(a.cpu(), b, FP32, "split")
+    assert sorted(written) == [1] * readers + [2]
 
 
 def test_norms():
@@ -180,6 +233,7 @@ def test_norms():
     x, y, v, w = randn(2, 7, 33), randn(2, 7, 33), randn(33), randn(33)
     assert_as_reference("rms_norm", [x, v, 1e-6])
     assert_as_reference("branch_norm", [x, v, 1e-6])
+    assert_as_reference("branch_norm", [x, v, 1e-6, y])
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
 
@@ -405,29 +459,62 @@ def _chosen(count, index):
     return torch.zeros(index.shape, dtype=torch.bool).scatter(2, index.long(), listed)
 
 
-@pytest.mark.parametrize("rows", [7, 130])
-def test_gemv(rows):
-    """A matrix-vector product with what stands before and after it folded in."""
+def assert_gemv(rows: int, K: int, dtype: torch.dtype, tolerance: float) -> None:
+    """A matrix-vector product in all its forms, with what stands before and after it folded in."""
     torch.manual_seed(0)
-    K = 38
-    x, x2, w, up, v, v2, residual = (
-        on_device(randn(*s)) for s in ((K,), (K,), (rows, K), (rows, K), (K,), (K,), (rows,))
-    )
-    y = torch.empty(rows, device=DEVICE)
+    sizes = (K,), (K,), (rows, K), (rows, K), (K,), (K,), (rows,)
+    x, _, w, up, v, _, residual = given = [randn(*size).to(dtype) for size in sizes]
+    a, b, W, V, n, n2, r = (z.float() for z in given)
 
-    def check(expected, **options):
-        step.gemv(x, w, y.fill_(float("nan")), **options)
-        assert_near(y.cpu(), expected.cpu(), FP32, str(list(options)))
+    def check(form, expected, x=x, out=dtype, **options):
+        y = torch.full((rows,), float("nan"), dtype=out, device=DEVICE)
+        step.gemv(on_device(x), on_device(w), y, **{key: on_device(value) for key, value in options.items()})
+        assert_near(y.cpu(), expected, tolerance, form)
 
-    normed = reference.rms_norm(x, v, 1e-6)
-    check(w @ x)
-    check(w @ normed + residual, norm=v, eps=1e-6, residual=residual)
-    squares = torch.cat([x.square(), x2.square()]).view(4, -1).sum(1)
-    expected = w @ reference.mean_of_norms(x, x2, v, v2, 1e-6)
-    step.gemv(x * v, w, y.fill_(float("nan")), eps=1e-6, mean_with=(x2 * v2, squares, 2))
-    assert_near(y.cpu(), expected.cpu(), FP32, "mean of norms")
-    check(torch.nn.functional.silu(w @ normed) * (up @ normed), norm=v, eps=1e-6, up=up)
-    check(torch.relu(w @ x).square(), squared_relu=True)
+    normed = reference.rms_norm(a, n, 1e-6)
+    check("plain", W @ a)
+    check("norm", W @ normed, norm=v, eps=1e-6, out=torch.float32)
+    check("residual", W @ a + r, residual=residual)
+    check("gated", torch.nn.functional.silu(W @ normed) * (V @ normed), norm=v, eps=1e-6, up=up)
+    check("squared ReLU", torch.relu(W @ normed).square(), norm=v, eps=1e-6, squared_relu=True)
+    squares = torch.cat([a.square().view(2, -1).sum(1), torch.zeros(1), b.square().sum()[None]])
+    other = (b * n2).to(dtype), squares, 2
+    mean = W @ reference.mean_of_norms(a, b, n, n2, 1e-6) + r
+    check("mean", mean, (a * n).to(dtype), eps=1e-6, mean_with=other, residual=residual)
+
+
+@pytest.mark.parametrize(("rows", "K"), [(7, 38), (130, 40)])
+def test_gemv(rows, K):
+    """Rows that are no whole pieces of 16 bytes, and rows that are."""
+    assert_gemv(rows, K, torch.float32, FP32)
+    assert_gemv(rows, K, torch.bfloat16, BF16)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("rows", "K", "dtype", "tolerance"),
+    [
+        (37, 44, torch.float32, FP32),  # 8 rows a block, 4 of each of two matrices; threads without a piece
+        (5, 3032, torch.bfloat16, BF16),  # 4 rows and 2; most threads have three pieces, some two
+    ],
+)
+def test_gemv_in_cuda(cuda_on_cpu, rows, K, dtype, tolerance):
+    assert_gemv(rows, K, dtype, tolerance)
+
+
+def test_beginning_of_a_step():
+    """Rows of different lengths, a ring that has gone round and a span."""
+    torch.manual_seed(0)
+    ids, lengths, embedding, n_meta = torch.tensor([3, 0, 9]), torch.tensor([50, 0, 20]), randn(10, 38), 5
+    positions = [torch.full((3, slots), -7, dtype=torch.int32, device=DEVICE) for slots in (21, 64)]
+    counted = on_device(lengths.int())
+    tokens, now = torch.empty_like(counted), torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    x = step.begin(on_device(ids), on_device(embedding), counted, tokens, now, positions, n_meta)
+    assert torch.equal(x.cpu(), embedding[ids])
+    assert torch.equal(tokens.cpu(), lengths.int()) and torch.equal(counted.cpu(), lengths.int() + 1)
+    assert torch.equal(now.cpu(), lengths.int()[:, None] + n_meta)
+    for at in positions:
+        assert torch.equal(at.cpu(), stored_positions(lengths + 1, at.shape[1], n_meta).int())
 
 
 @pytest.mark.parametrize("case", ["keys of its own", "another layer's keys", "no meta tokens", "norms of heads"])

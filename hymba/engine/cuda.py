@@ -119,6 +119,7 @@ class _Graph:
         self.expected = cache.lengths.clone()
         slots = {x.shape[2] for x in cache.k.values()}
         self.positions = {n: torch.empty(B, n, dtype=torch.int32, device=device) for n in slots}
+        self.tokens = torch.empty_like(self.lengths)
         self.now = torch.empty(B, 1, dtype=torch.int32, device=device)
         self.meta = [
             state.meta and state.meta._replace(positions=state.meta.positions.to(device, torch.int32))
@@ -143,10 +144,10 @@ class _Graph:
         from hymba.ops.gpu import step
 
         model, c = self.decoder.model, self.decoder.config
-        for positions in self.positions.values():
-            step.store_positions(self.lengths, positions, c.n_meta)
-        torch.add(self.lengths[:, None], c.n_meta, out=self.now)
-        x = F.embedding(self.ids, model.embedding.weight)  # (B, D)
+        x = step.begin(
+            self.ids, model.embedding.weight, self.lengths, self.tokens, self.now, list(self.positions.values()),
+            c.n_meta,
+        )  # fmt: skip
         sources: dict[int, tuple[KeyValue, ...]] = {}
         for plan, block in zip(c.layers, model.blocks, strict=True):
             if plan.produces_kv:
@@ -155,7 +156,6 @@ class _Graph:
                 meta = self.meta[plan.index]
                 sources[plan.index] = (stored,) if meta is None else (meta, stored)
             x = self._layer(x, block, plan, sources[plan.producer])
-        self.lengths.add_(1)
         return self._linear(x, model.lm_head.weight, norm=model.norm.weight, eps=c.norm_eps, dtype=torch.float32)
 
     def _layer(self, x: Tensor, block: Block, plan, sources: tuple[KeyValue, ...]) -> Tensor:
@@ -164,7 +164,8 @@ class _Graph:
         c, i, B = self.decoder.config, plan.index, x.shape[0]
         heads, mamba, attention = block.heads, block.heads.mamba, block.heads.attention
         E = c.d_inner
-        proj = self._linear(x, heads.in_proj.weight, norm=block.heads_norm.weight, eps=c.norm_eps)
+        # attention looks at lengths and positions before it waits: `begin` has to be over by then
+        proj = self._linear(x, heads.in_proj.weight, norm=block.heads_norm.weight, eps=c.norm_eps, early=i > 0)
         norms = *self.decoder.head_norms[i], QK_NORM_EPS
         angles = self.decoder.cos, self.decoder.sin
         conv = mamba.conv_weight, mamba.conv_bias, self.cache.conv[i]
@@ -175,13 +176,13 @@ class _Graph:
         )  # fmt: skip
         if B == 1:
             attn, ssm, squares = step.branches(
-                proj, self.lengths, *angles, *norms, plan.produces_kv, c.n_heads, *keys, *conv, mamba.x_proj.weight,
+                proj, self.tokens, *angles, *norms, plan.produces_kv, c.n_heads, *keys, *conv, mamba.x_proj.weight,
                 *recurrence, self.cache.ssm[i], c.norm_eps, heads.attn_norm.weight, heads.ssm_norm.weight,
             )  # fmt: skip
             return self._finish_one(x, block, attn, ssm, squares)
         q, u = x.new_empty(B, c.n_heads, 1, c.d_key), x.new_empty(B, E)
         step.prepare(
-            proj, self.lengths, *angles, *norms, self.cache.k.get(i), self.cache.v.get(i), *conv, q, u,
+            proj, self.tokens, *angles, *norms, self.cache.k.get(i), self.cache.v.get(i), *conv, q, u,
             proj.shape[1] - 2 * E, c.n_kv_heads, c.d_value,
         )  # fmt: skip
         gate = proj[:, proj.shape[1] - E :]
@@ -221,15 +222,16 @@ class _Graph:
         return x + block.mlp(gpu.rms_norm(x, block.mlp_norm.weight, c.norm_eps))
 
     def _linear(
-        self, x: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 0.0, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """x: (B, K) -> (B, rows); a batch of one by our own kernel, with the norm in it"""
+        self, x: Tensor, weight: Tensor, norm: Tensor | None = None, eps: float = 0.0, dtype: torch.dtype | None = None,
+        early: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """x: (B, K) -> (B, rows); a batch of one by our own kernel, with the norm in it; early: as in `step.gemv`"""
         from hymba.ops import gpu
         from hymba.ops.gpu import step
 
         if x.shape[0] == 1:
             y = torch.empty(1, weight.shape[0], dtype=dtype or x.dtype, device=x.device)
-            step.gemv(x[0], weight, y[0], norm=norm, eps=eps)
+            step.gemv(x[0], weight, y[0], norm=norm, eps=eps, early=early)
             return y
         y = F.linear(x if norm is None else gpu.rms_norm(x, norm, eps), weight)
         return y if dtype is None else y.to(dtype)

@@ -43,13 +43,13 @@ class Attention(nn.Module):
         """
         if not kv:
             return shared
-        k, v = (_split_heads(x, self.kv_heads) for x in kv)
+        k, v = (ops.heads(x, self.kv_heads) for x in kv)
         k = ops.rotate(self.k_norm(k), layout.cos, layout.sin)
         return past.extend(KeyValue(k, v, layout.positions, layout.documents), layout.lengths)
 
     def forward(self, q: Tensor, layout: Layout, sources: tuple[KeyValue, ...]) -> Tensor:
         """q: (B, T, H dk), sources: as from `sources` -> (B, T, H dv)"""
-        q = self.q_norm(_split_heads(q, self.heads))
+        q = self.q_norm(ops.heads(q, self.heads))
         q = ops.rotate(q, layout.cos, layout.sin)
         return ops.attention(q, layout.positions, layout.documents, sources, self.window, self.n_meta, self.scale)
 
@@ -60,7 +60,3 @@ def _head_norm(config: HymbaConfig, heads: int) -> nn.Module:
         return nn.Identity()
     shape = (1, heads, 1, config.d_key) if config.qk_norm == "perhead-rms" else (config.d_key,)
     return RMSNorm(*shape, eps=QK_NORM_EPS)
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:  # (B, T, heads d) -> (B, heads, T, d)
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

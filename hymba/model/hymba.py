@@ -59,7 +59,7 @@ class HybridHeads(nn.Module):
 
         -> (B, T, D), the keys and values that were read, conv state, SSM state
         """
-        q, *kv, u, gate = self.in_proj(x).split(self.widths, dim=-1)  # one projection feeds both
+        q, *kv, u, gate = ops.split(self.in_proj(x), self.widths)  # one projection feeds both
         sources = self.attention.sources(kv, layout, past, shared)
         attn = self.attention(q, layout, sources)  # (B, T, A)
         ssm, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)  # (B, T, E)
@@ -118,11 +118,10 @@ class Block(nn.Module):
         """As `HybridHeads.forward`; None for what heads of one kind do not have. dropout: of both branches' outputs"""
         normed, x = self.heads_norm.branch(x)
         y, sources, conv_state, ssm_state = self.heads(normed, layout, past, shared)
-        x = x + F.dropout(y, dropout)
         if self.has_mlp:
-            normed, x = self.mlp_norm.branch(x)
-            x = x + F.dropout(self.mlp(normed), dropout)
-        return x, sources, conv_state, ssm_state
+            normed, x = self.mlp_norm.branch(x, F.dropout(y, dropout))
+            y = self.mlp(normed)
+        return x + F.dropout(y, dropout), sources, conv_state, ssm_state
 
 
 class Hymba(nn.Module):

@@ -61,8 +61,8 @@ class Mamba(nn.Module):
         -> y: (B, T, E), conv state and SSM state after each row's last token
         """
         after = conv_tail(conv_state, u, layout.lengths)
-        u = ops.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
-        low = ops.linear(u, self.x_proj.weight) if is_plain(self.x_proj) else self.x_proj(u)
+        branch, u = ops.branch_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
+        low = ops.linear(branch, self.x_proj.weight) if is_plain(self.x_proj) else self.x_proj(branch)
         dt, B, C = low.split(self.widths, dim=-1)
         dt = ops.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
         A = -torch.exp(self.A_log.float())

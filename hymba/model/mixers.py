@@ -9,6 +9,7 @@ fusion of two branches, the norm of each, they do not have.
 
 from torch import Tensor, nn
 
+from hymba import ops
 from hymba.config import HymbaConfig, LayerPlan
 from hymba.model.attention import Attention
 from hymba.model.cache import CachedLayer, LayerState
@@ -42,14 +43,15 @@ class MambaHeads(nn.Module):
 
     def __init__(self, config: HymbaConfig, plan: LayerPlan):
         super().__init__()
-        self.in_proj = nn.Linear(config.d_model, 2 * config.d_inner, bias=False)
+        self.widths = (config.d_inner, config.d_inner)
+        self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=False)
         self.mamba = Mamba(config)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     def forward(
         self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: None
     ) -> tuple[Tensor, None, Tensor, Tensor]:
-        u, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
+        u, gate = ops.split(self.in_proj(x), self.widths)  # (B, T, E) each
         y, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)
         return self.out_proj(y), None, conv_state, ssm_state
 

@@ -17,6 +17,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """-> the normed x for a branch, and x for the residual beside it, whose gradients are added in one go then"""
-        return ops.branch_norm(x, self.weight, self.eps)
+    def branch(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> the normed sum for a branch, and the sum for the residual beside it, whose gradients are added in one go
+        then"""
+        return ops.branch_norm(x, self.weight, self.eps, added)

@@ -124,8 +124,8 @@ def rms_norm(x, weight, eps):
     return backend(x).rms_norm(x, weight, eps)
 
 
-def branch_norm(x, weight, eps):
-    return backend(x).branch_norm(x, weight, eps)
+def branch_norm(x, weight, eps, added=None):
+    return backend(x).branch_norm(x, weight, eps, added)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):
@@ -134,6 +134,10 @@ def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):
 
 def causal_conv(x, weight, bias, state, starts=None):
     return backend(x).causal_conv(x, weight, bias, state, starts)
+
+
+def branch_conv(x, weight, bias, state, starts=None):
+    return backend(x).branch_conv(x, weight, bias, state, starts)
 
 
 def selective_scan(u, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None):
@@ -146,6 +150,14 @@ def ssd(x, dt, dt_bias, A, B, C, D, gate, state, starts=None, lengths=None):
 
 def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
+
+
+def split(x, widths):
+    return backend(x).split(x, widths)
+
+
+def heads(x, count):
+    return backend(x).heads(x, count)
 
 
 def rotate(x, cos, sin):
@@ -169,8 +181,8 @@ def cross_entropy_(logits, targets, ignored):
 
 
 _NAMES = (
-    "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "selective_scan", "ssd", "attention", "rotate",
-    "gated_linear", "gated_silu", "linear", "cross_entropy_",
+    "rms_norm", "branch_norm", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd", "attention",
+    "split", "heads", "rotate", "gated_linear", "gated_silu", "linear", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -16,22 +16,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hymba.ops.reference import (
+    branch_conv,
     branch_norm,
     causal_conv,
     cross_entropy_,
     float32_inside,
     gated_linear,
     gated_silu,
+    heads,
     linear,
     mean_of_norms,
     rms_norm,
     rotate,
+    split,
 )
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
-    "attention", "branch_norm", "causal_conv", "cross_entropy_", "gated_linear", "gated_silu", "linear",
-    "mean_of_norms", "rms_norm", "rotate", "selective_scan", "ssd",
+    "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_linear", "gated_silu", "heads",
+    "linear", "mean_of_norms", "rms_norm", "rotate", "selective_scan", "split", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

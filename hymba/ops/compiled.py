@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hymba.ops import native
-from hymba.ops.reference import cross_entropy_, gated_linear, gated_silu, linear, rotate  # noqa: F401  (the compiler fuses them)
+from hymba.ops.reference import (  # noqa: F401  the compiler fuses them
+    cross_entropy_,
+    gated_linear,
+    gated_silu,
+    heads,
+    linear,
+    rotate,
+    split,
+)
 from hymba.visibility import KeyValue
 
 
@@ -111,6 +119,11 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _conv_forward(x, weight, bias, state, starts)
 
 
+def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
+
+
 # ---- norms
 
 
@@ -184,7 +197,8 @@ def _mean_grad(ctx, gy):
 _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 

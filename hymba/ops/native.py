@@ -15,7 +15,14 @@ from torch import Tensor
 from hymba.errors import UserError
 from hymba.ops import reference
 from hymba.ops.library import DTYPES, call, pointer, threads, vector_width
-from hymba.ops.reference import gated_linear, gated_silu, linear, rotate  # noqa: F401  in decoding they are part of other kernels
+from hymba.ops.reference import (  # noqa: F401  in decoding they are part of other kernels
+    gated_linear,
+    gated_silu,
+    heads,
+    linear,
+    rotate,
+    split,
+)
 from hymba.visibility import KeyValue
 
 MAX_SOURCES = 16  # kMaxSources in csrc/attention.cpp
@@ -205,6 +212,11 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _Conv.apply(*inputs) if needs_grad(*inputs[:4]) else conv_forward(*inputs)
 
 
+def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
+
+
 # ---- norms
 
 
@@ -317,7 +329,8 @@ class _Mean(torch.autograd.Function):
         return (*mean_backward(*ctx.saved_tensors, ctx.eps, gy), None)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 

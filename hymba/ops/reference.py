@@ -38,8 +38,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm in front of a branch with a residual beside it. x: (..., D) -> normed x, and x"""
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RMSNorm in front of a branch with a residual beside it.
+
+    x: (..., D), added: (..., D), what the branch before gave, if there was one -> normed sum, and the sum
+    """
+    x = x if added is None else x + added
     return rms_norm(x, weight, eps), x
 
 
@@ -72,6 +76,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: 
             tap = torch.where((age < back)[..., None], before, tap)
         y = y + tap.float() * weight[:, K - 1 - back].float()
     return F.silu(y).to(x.dtype)
+
+
+def branch_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` in front of a branch: its output for the branch, and once more for what stands beside it"""
+    y = causal_conv(x, weight, bias, state, starts)
+    return y, y
 
 
 def _since_start(starts: Tensor, far: int) -> Tensor:
@@ -205,6 +217,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half form of RoPE. x: (B, heads, T, dk), cos, sin: (B or 1, 1, T, dk), equal in both halves -> as x"""
     left, right = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+
+
+def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Slices of the last dimension. x: (..., sum of widths) -> (..., width) each"""
+    return x.split(widths, dim=-1)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """x: (B, T, count d) -> (B, count, T, d)"""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

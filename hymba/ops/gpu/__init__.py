@@ -1,10 +1,10 @@
 """The operations of `reference.py` on a GPU, as Triton kernels; float32, bfloat16 and float16, gradients included. The
-scan of enough rows in bfloat16, or in float32 without gradients, is in CUDA C++, which the compiler that comes with
-PyTorch (NVRTC) compiles when it is first called.
+scan of enough rows in bfloat16, or in float32 without gradients, and the matrix-vector products of decoding on cards
+since Hopper are in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
 Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
 family says what it computes, how it is tiled and what is float32: scan, conv, norm, flash and flex (attention), decode,
-elementwise, loss.
+elementwise, loss; step is a decoding step of the CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hymba.ops import chunked, reference
 from hymba.ops.chunked import ssd  # noqa: F401  Mamba-2 is made of matrix products, which are PyTorch's
-from hymba.ops.gpu import flash, flex
+from hymba.ops.gpu import flash, flex, slices
 from hymba.ops.gpu.common import needs_grad
-from hymba.ops.gpu.conv import FAR, conv_forward
+from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import GatedLinear, gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
@@ -43,10 +43,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_forward(x, weight, eps)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
-        return reference.branch_norm(x, weight, eps)
-    return BranchNorm.apply(x, weight, eps)
+        return reference.branch_norm(x, weight, eps, added)
+    return BranchNorm.apply(x, weight, eps, added)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
@@ -56,11 +56,24 @@ def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Te
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
-    age = None
-    if starts is not None:
-        time = torch.arange(starts.shape[1], device=starts.device)
-        age = (time - torch.where(starts, time, -FAR).cummax(dim=1).values).to(torch.int32)
-    return conv_forward(x, weight, bias, state, age)
+    return conv_forward(x, weight, bias, state, _age(starts))
+
+
+def branch_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        y = causal_conv(x, weight, bias, state, starts)
+        return y, y
+    return BranchConv.apply(x, weight, bias, state, _age(starts))
+
+
+def _age(starts: Tensor | None) -> Tensor | None:
+    """starts: (B, T) bool -> (B, T) int32, how many steps ago the document began"""
+    if starts is None:
+        return None
+    time = torch.arange(starts.shape[1], device=starts.device)
+    return (time - torch.where(starts, time, -FAR).cummax(dim=1).values).to(torch.int32)
 
 
 def selective_scan(
@@ -105,6 +118,16 @@ def _attention_kernel(q: Tensor, sources: Sequence[KeyValue], learns: bool) -> M
     if flash.supports(q, sources) and (learns or not few):
         return flash
     return chunked if few else flex
+
+
+def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or not needs_grad(x):
+        return reference.split(x, widths)
+    return slices.split(x, widths)
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return slices.heads(x, count)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -48,6 +48,30 @@ def state_row(state: Tensor) -> int:
     return 0 if state.shape[0] == 1 else state.stride(0)
 
 
+@triton.jit
+def _add_up_kernel(parts, first, second, P, n, n_first, BP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for p0 in range(0, P, BP):
+        p = p0 + tl.arange(0, BP)
+        at = parts + p[:, None].to(tl.int64) * n + i[None, :]
+        total += tl.sum(tl.load(at, mask=(p < P)[:, None] & (i < n)[None, :], other=0.0), axis=0)
+    tl.store(first + i, total.to(first.dtype.element_ty), mask=i < n_first)
+    tl.store(second + i - n_first, total.to(second.dtype.element_ty), mask=(i >= n_first) & (i < n))
+
+
+def add_up(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Sums over partial sums, always in the same order, and their rounding, in one kernel.
+
+    parts: (P, n) float32; first, second: written, contiguous, of n elements together
+    """
+    P, n = parts.shape
+    BP, BLOCK = (8, 16) if INTERPRET else (128, 16)
+    _add_up_kernel[(triton.cdiv(n, BLOCK),)](
+        parts, first, first if second is None else second, P, n, first.numel(), BP=BP, BLOCK=BLOCK, num_warps=4
+    )
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

@@ -4,10 +4,10 @@ Math, with x_(t-j) from `state` where it lies before the row or before its docum
 
     p_t = bias + sum_j w_j x_(t-j)        y_t = SiLU(p_t)        j = 0 .. K - 1
 
-Tiling: forward, a program owns a tile of BT steps and BE channels, and reads it K times, shifted; all but the first
-read hit the L1 cache, so x crosses the memory bus once. Backward, a program is one warp that walks along some channels
-of a part of a row, the last K - 1 inputs in registers, and beside them the sums dx_t = sum_j w_j dp_(t+j) that are not
-complete; it goes K - 1 steps beyond its part, whose dp its last inputs need.
+Tiling: a program is one warp that walks along some channels of a part of a row, the last K - 1 inputs in registers.
+Backward it has beside them the sums dx_t = sum_j w_j dp_(t+j) that are not complete, and goes K - 1 steps beyond its
+part, whose dp its last inputs need. Loads of the next few steps are under way while these are worked on. The inputs
+of a row without documents are `state` and then x, so only the first part knows of `state`.
 
 float32: everything between load and store. Partial sums are added outside in a fixed order.
 """
@@ -17,154 +17,207 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, library_op, rows_contiguous
+from hymba.ops.gpu.common import INTERPRET, add_up, library_op, rows_contiguous, sigmoid, silu, strides
+from hymba.ops.gpu.slices import place_of
 
-STEPS, CHANNELS = (8, 8) if INTERPRET else (32, 128)
-# of the backward pass: channels of a program, steps that it walks over, steps whose loads are under way together
-LANES, PART, GROUP = (8, 8, 4) if INTERPRET else (128, 128, 8)
+# channels of a program, steps whose loads are under way together, steps of a part at most and at least
+LANES, GROUP, PART, LEAST_PART = (8, 4, 8, 4) if INTERPRET else (128, 4, 128, 16)
+PROGRAMS = 2112  # sixteen warps for each of an H100's multiprocessors: shorter parts, if there are fewer
 # "how long since the document began", where none began: further back than any kernel reaches
 FAR = 2**30
 
 
 @triton.jit
-def _age(age, row, t, T, AGES: tl.constexpr):
-    """How many inputs lie between step t and the beginning of its row or document."""
-    if AGES:
-        return tl.minimum(tl.load(age + row * T + t, mask=(t >= 0) & (t < T), other=0), t)
-    else:
-        return t
-
-
-@triton.jit
-def _tap(x, state, row, t, since, e, real_e, back, T, E, x_row, x_step, state_row, K: tl.constexpr):
-    """The input `back` steps before t: (BT, BE)"""
-    own = (since >= back) & (t < T)
-    at = row * x_row + (t - back)[:, None].to(tl.int64) * x_step + e[None, :]
-    value = tl.load(x + at, mask=own[:, None] & real_e[None, :], other=0.0).to(tl.float32)
-    if back > 0:
-        before = (since < back) & (t < T)
-        at = row * state_row + (K - 1 - back + since)[:, None] * E + e[None, :]
-        value += tl.load(state + at, mask=before[:, None] & real_e[None, :], other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _forward_kernel(
-    x, weight, bias, state, age, y, T, E, x_row, x_step, state_row,
-    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr,
-):  # fmt: skip
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    row = tl.program_id(2).to(tl.int64)
-    real_e = e < E
-    since = _age(age, row, t, T, AGES)
-    p = tl.zeros((BT, BE), tl.float32) + tl.load(bias + e, mask=real_e, other=0.0).to(tl.float32)[None, :]
-    for back in tl.static_range(K):
-        w = tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32)
-        p += w[None, :] * _tap(x, state, row, t, since, e, real_e, back, T, E, x_row, x_step, state_row, K)
-    at = (row * T + t[:, None]) * E + e[None, :]
-    tl.store(y + at, (p * tl.sigmoid(p)).to(y.dtype.element_ty), mask=(t < T)[:, None] & real_e[None, :])
-
-
-@triton.jit
 def _rows(x, t, step, end, e, real_e, GROUP: tl.constexpr):
     """Rows t .. t + GROUP - 1 of x, a tuple; 0 from `end` on"""
+    at = x + tl.cast(t, tl.int64) * step + e
     out = ()
     for i in tl.static_range(GROUP):
-        out = out + (tl.load(x + (t + i) * step + e, mask=real_e & (t + i < end), other=0.0),)
+        out = out + (tl.load(at + i * step, mask=real_e & (t + i < end), other=0.0),)
     return out
 
 
 @triton.jit
-def _backward_kernel(
-    x, weight, bias, state, age, dy, dx, dweight, dbias, dstate,
-    T, E, x_row, x_step, state_row, dy_row, dy_step, steps,
+def _ages(age, t, T, GROUP: tl.constexpr, AGES: tl.constexpr):
+    """How many inputs lie between a step and the beginning of its row or document, of GROUP steps, a tuple"""
+    out = ()
+    for i in tl.static_range(GROUP):
+        since = t + i
+        if AGES:
+            since = tl.minimum(tl.load(age + t + i, mask=t + i < T, other=0), t + i)
+        out = out + (since,)
+    return out
+
+
+@triton.jit
+def _weights(weight, e, real_e, K: tl.constexpr):
+    """w_0 .. w_(K - 1), a tuple"""
+    w = ()
+    for back in tl.static_range(K):
+        w = w + (tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32),)
+    return w
+
+
+@triton.jit
+def _past(x, x_step, state, state_step, t, e, real_e, K: tl.constexpr):
+    """The K - 1 inputs before step t, newest first, a tuple; of `state` before the row"""
+    past = ()
+    for back in tl.static_range(1, K):
+        own = tl.load(x + tl.cast(t - back, tl.int64) * x_step + e, mask=real_e & (t >= back), other=0.0)
+        before = tl.load(state + (K - 1 - back + t) * state_step + e, mask=real_e & (t < back), other=0.0)
+        past = past + (own.to(tl.float32) + before.to(tl.float32),)
+    return past
+
+
+@triton.jit
+def _shifted(new, past, K: tl.constexpr):
+    """`past` of the next step"""
+    out = (new,)
+    for back in tl.static_range(1, K - 1):
+        out = out + (past[back - 1],)
+    return out
+
+
+@triton.jit
+def _taps(new, past, state, state_step, since, e, real_e, K: tl.constexpr, AGES: tl.constexpr):
+    """x_t .. x_(t - K + 1), a tuple; of `state` where they lie before the document"""
+    taps = (new,)
+    for back in tl.static_range(1, K):
+        tap = past[back - 1]
+        if AGES:
+            slot = tl.maximum(K - 1 - back + since, 0)
+            before = tl.load(state + slot * state_step + e, mask=real_e & (since < back), other=0.0)
+            tap = tl.where(since < back, before.to(tl.float32), tap)
+        taps = taps + (tap,)
+    return taps
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, bias, state, age, y, T, E, x_row, x_step, state_row, state_step, steps,
     K: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0) * BE + tl.arange(0, BE)
-    part, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     real_e = e < E
-    begin = part * steps
+    begin = tl.program_id(1) * steps
+    end = tl.minimum(begin + steps, T)
+    x += row * x_row
+    y += row * T * E
+    state += row * state_row
+    age += row * T
+    first = tl.load(bias + e, mask=real_e, other=0.0).to(tl.float32)
+    w = _weights(weight, e, real_e, K)
+    past = _past(x, x_step, state, state_step, begin, e, real_e, K)
+    xs, ages = _rows(x, begin, x_step, end, e, real_e, GROUP), _ages(age, begin, T, GROUP, AGES)
+    for t0 in tl.range(begin, end, GROUP, num_stages=1):
+        # the next steps' loads before these steps' work
+        next_xs = _rows(x, t0 + GROUP, x_step, end, e, real_e, GROUP)
+        next_ages = _ages(age, t0 + GROUP, T, GROUP, AGES)
+        out = y + tl.cast(t0, tl.int64) * E + e
+        for i in tl.static_range(GROUP):
+            new = xs[i].to(tl.float32)
+            taps = _taps(new, past, state, state_step, ages[i], e, real_e, K, AGES)
+            p = first
+            for back in tl.static_range(K):
+                p += w[back] * taps[back]
+            tl.store(out + i * E, silu(p).to(y.dtype.element_ty), mask=real_e & (t0 + i < end))
+            if K > 1:
+                past = _shifted(new, past, K)
+        xs, ages = next_xs, next_ages
+
+
+@triton.jit
+def _backward_kernel(
+    x, weight, bias, state, age, dy, beside, dx, dstate, dsums,
+    T, E, x_row, x_step, state_row, state_step, dy_row, dy_step, beside_row, beside_step, dx_row, dx_step, steps,
+    K: tl.constexpr, GROUP: tl.constexpr, BE: tl.constexpr, AGES: tl.constexpr, BESIDE: tl.constexpr,
+):  # fmt: skip
+    """BESIDE: y's gradient is the sum of two. dsums: (rows, parts, E (K + 1)), of weight (E, K) and bias"""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    row = tl.program_id(2).to(tl.int64)
+    real_e = e < E
+    begin = tl.program_id(1) * steps
     end = tl.minimum(begin + steps, T)
     last = tl.minimum(end + K - 1, T)  # later steps read inputs of this part
+    part = row * tl.num_programs(1) + tl.program_id(1)
     x += row * x_row
+    dx += row * dx_row
     dy += row * dy_row
+    beside += row * beside_row
     state += row * state_row
-    dstate += (row * tl.num_programs(1) + part) * (K - 1) * E
+    age += row * T
+    dstate += (part if AGES else row) * (K - 1) * E
     first = tl.load(bias + e, mask=real_e, other=0.0).to(tl.float32)
-    w, past, open_, sums = (), (), (), ()
-    zero = row * 0  # 64 bits
+    w = _weights(weight, e, real_e, K)
+    past = _past(x, x_step, state, state_step, begin, e, real_e, K)
     nothing = tl.zeros((BE,), tl.float32)
-    for back in tl.static_range(K):
-        w = w + (tl.load(weight + e * K + (K - 1 - back), mask=real_e, other=0.0).to(tl.float32),)
-        sums = sums + (nothing,)
-        if back > 0:
-            before = tl.load(x + (zero + begin - back) * x_step + e, mask=real_e & (begin >= back), other=0.0)
-            past = past + (before.to(tl.float32),)  # the input `back` steps ago
-            open_ = open_ + (nothing,)  # its gradient as far as it is known
-    dbias_sum = nothing
-    xs = _rows(x, zero + begin, x_step, last, e, real_e, GROUP)
-    dys = _rows(dy, zero + begin, dy_step, last, e, real_e, GROUP)
-    for t0 in tl.range(begin, last, GROUP, num_stages=1):
-        # the next group's loads before this one's work
-        next_xs = _rows(x, zero + t0 + GROUP, x_step, last, e, real_e, GROUP)
-        next_dys = _rows(dy, zero + t0 + GROUP, dy_step, last, e, real_e, GROUP)
+    open_, sums = (), (nothing,)  # the gradients of past inputs as far as they are known; those of the weight
+    for _ in tl.static_range(1, K):
+        open_, sums = open_ + (nothing,), sums + (nothing,)
+    dbias = nothing
+    xs, ages = _rows(x, begin, x_step, last, e, real_e, GROUP), _ages(age, begin, T, GROUP, AGES)
+    dys = _rows(dy, begin, dy_step, last, e, real_e, GROUP)
+    besides = _rows(beside, begin, beside_step, last, e, real_e & BESIDE, GROUP)
+    for t0 in tl.range(begin, end + K - 1, GROUP, num_stages=1):
+        # the next steps' loads before these steps' work
+        next_xs = _rows(x, t0 + GROUP, x_step, last, e, real_e, GROUP)
+        next_ages = _ages(age, t0 + GROUP, T, GROUP, AGES)
+        next_dys = _rows(dy, t0 + GROUP, dy_step, last, e, real_e, GROUP)
+        next_besides = _rows(beside, t0 + GROUP, beside_step, last, e, real_e & BESIDE, GROUP)
+        out = dx + tl.cast(t0 - (K - 1), tl.int64) * dx_step + e
         for i in tl.static_range(GROUP):
-            t = t0 + i
-            since = t
-            if AGES:
-                since = tl.minimum(tl.load(age + row * T + t, mask=t < T, other=0), t)
+            t, since = t0 + i, ages[i]
             new = xs[i].to(tl.float32)
-            taps = (new,)
-            p = first + w[0] * new
-            for back in tl.static_range(1, K):
-                slot = tl.maximum(K - 1 - back + since, 0)
-                old = tl.load(state + slot * E + e, mask=real_e & (since < back), other=0.0).to(tl.float32)
-                taps = taps + (tl.where(since < back, old, past[back - 1]),)
-                p += w[back] * taps[back]
-            sigmoid = tl.sigmoid(p)
-            dp = dys[i].to(tl.float32) * sigmoid * (1.0 + p * (1.0 - sigmoid))  # 0 behind the end, as dy is
-            own = tl.where(t < end, dp, 0.0)
-            dbias_sum += own
-            new_sums = ()
+            taps = _taps(new, past, state, state_step, since, e, real_e, K, AGES)
+            p = first
             for back in tl.static_range(K):
+                p += w[back] * taps[back]
+            share = sigmoid(p)
+            dout = dys[i].to(tl.float32)
+            if BESIDE:
+                dout += besides[i].to(tl.float32)
+            dp = dout * (share + p * share * (1.0 - share))  # 0 behind the end, as dout is
+            own = tl.where(t < end, dp, 0.0)
+            dbias += own
+            whole = w[0] * dp
+            new_sums, new_open = (sums[0] + own * taps[0],), ()
+            for back in tl.static_range(1, K):
                 new_sums = new_sums + (sums[back] + own * taps[back],)
+                new_open = new_open + (whole,)
+                more = w[back] * dp
+                if AGES:
+                    more = tl.where(since >= back, more, 0.0)
+                whole = open_[back - 1] + more
             sums = new_sums
-            if since < K - 1:
-                for back in tl.static_range(1, K):
-                    slot = tl.maximum(K - 1 - back + since, 0)
-                    reads = real_e & (since < back) & (t < end)
-                    tl.atomic_add(dstate + slot * E + e, w[back] * dp, mask=reads, sem="relaxed")  # nobody else does
+            if K > 1:
+                open_, past = new_open, _shifted(new, past, K)
+            if AGES:
+                if since < K - 1:
+                    for back in tl.static_range(1, K):
+                        reads = real_e & (since < back) & (t < end)
+                        slot = tl.maximum(K - 1 - back + since, 0)
+                        # nobody else adds here
+                        tl.atomic_add(dstate + slot * E + e, w[back] * dp, mask=reads, sem="relaxed")
+            elif t < K - 1:  # an input of `state` is complete
+                tl.store(dstate + t * E + e, whole, mask=real_e)
             done = t - (K - 1)
-            out = dx + (row * T + done) * E + e
-            whole = dp * w[0]
-            if K > 1:
-                whole = open_[K - 2] + tl.where(since >= K - 1, w[K - 1] * dp, 0.0)
-            tl.store(out, whole.to(dx.dtype.element_ty), mask=real_e & (done >= begin) & (done < end))
-            new_open, new_past = (dp * w[0],), (new,)
-            for back in tl.static_range(1, K - 1):
-                new_open = new_open + (open_[back - 1] + tl.where(since >= back, w[back] * dp, 0.0),)
-                new_past = new_past + (past[back - 1],)
-            if K > 1:
-                open_, past = new_open, new_past
-        xs, dys = next_xs, next_dys
-    # what no later step completes: the row's last inputs
-    for back in tl.static_range(1, K):
-        left = T - back
-        here = (left >= begin) & (left < end)
-        number = tl.cdiv(last - begin, GROUP) * GROUP + begin - T  # steps behind the row, in which dp was 0
-        for shift in tl.static_range(K - 1):
-            mine = here & (shift == back - 1 + number)
-            tl.store(dx + (row * T + left) * E + e, open_[shift].to(dx.dtype.element_ty), mask=real_e & mine)
-    at = row * tl.num_programs(1) + part
-    tl.store(dbias + at * E + e, dbias_sum, mask=real_e)
+            complete = real_e & (done >= begin) & (done < end)
+            tl.store(out + i * dx_step, whole.to(dx.dtype.element_ty), mask=complete)
+        xs, ages, dys, besides = next_xs, next_ages, next_dys, next_besides
+    dsums += part * E * (K + 1)
     for back in tl.static_range(K):
-        tl.store(dweight + (at * K + K - 1 - back) * E + e, sums[back], mask=real_e)
+        tl.store(dsums + e * K + K - 1 - back, sums[back], mask=real_e)
+    tl.store(dsums + E * K + e, dbias, mask=real_e)
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
+def _parts(x: Tensor) -> tuple[tuple[int, int, int], int]:
+    """-> programs, steps of a part"""
     rows, T, E = x.shape
-    return triton.cdiv(E, CHANNELS), triton.cdiv(T, STEPS), rows
+    blocks = triton.cdiv(E, LANES)
+    steps = triton.cdiv(T * rows * blocks, PROGRAMS)
+    steps = min(max(triton.cdiv(steps, GROUP) * GROUP, LEAST_PART), PART)
+    return (blocks, triton.cdiv(T, steps), rows), steps
 
 
 def _row(state: Tensor) -> int:
@@ -173,13 +226,15 @@ def _row(state: Tensor) -> int:
 
 @library_op("conv_forward")
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Tensor | None) -> Tensor:
-    """age: (B, T) int32, see `_age` -> (B, T, E)"""
-    x, weight, state = rows_contiguous(x), weight.contiguous(), state.contiguous()
+    """age: (B, T) int32, see `_ages` -> (B, T, E)"""
+    x, weight, state = rows_contiguous(x), weight.contiguous(), rows_contiguous(state)
     (_, T, E), K = x.shape, weight.shape[1]
     y = conv_forward_like(x, weight, bias, state, age)
-    _forward_kernel[_grid(x)](
-        x, weight, bias, state, age, y, T, E, x.stride(0), x.stride(1), _row(state),
-        K=K, BT=STEPS, BE=CHANNELS, AGES=age is not None,
+    programs, steps = _parts(x)
+    _forward_kernel[programs](
+        x, weight, bias, state, x if age is None else age, y,
+        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), steps,
+        K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, num_warps=1,
     )  # fmt: skip
     return y
 
@@ -191,31 +246,37 @@ def conv_forward_like(x, weight, bias, state, age):
 
 @library_op("conv_backward")
 def conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Tensor | None, dy: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Tensor | None, dy: Tensor, beside: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, weight, bias, state"""
-    x, dy, weight, state = rows_contiguous(x), rows_contiguous(dy), weight.contiguous(), state.contiguous()
+    """The output's gradient is `dy`, and `beside` added to it -> gradients of x, weight, bias, state"""
+    return _gradients(x, weight, bias, state, age, dy, beside, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def _gradients(x, weight, bias, state, age, dy, beside, dx):
+    """dx: the gradient of x, to be written"""
+    x, dy, weight, state = rows_contiguous(x), rows_contiguous(dy), weight.contiguous(), rows_contiguous(state)
+    other = dy if beside is None else rows_contiguous(beside)
     (rows, T, E), K = x.shape, weight.shape[1]
-    parts = triton.cdiv(T, PART)
+    programs, steps = _parts(x)
     f32 = {"dtype": torch.float32, "device": x.device}
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = torch.empty(rows * parts, K, E, **f32), torch.empty(rows * parts, E, **f32)
-    dstate = torch.zeros(rows, parts, K - 1, E, **f32)
-    _backward_kernel[(triton.cdiv(E, LANES), parts, rows)](
-        x, weight, bias, state, age, dy, dx, dweight, dbias, dstate,
-        T, E, x.stride(0), x.stride(1), _row(state), dy.stride(0), dy.stride(1), PART,
-        K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, num_warps=1,
+    dsums = torch.empty(rows * programs[1], E * (K + 1), **f32)
+    dstate = torch.empty(rows, 1, K - 1, E, **f32) if age is None else torch.zeros(rows, programs[1], K - 1, E, **f32)
+    _backward_kernel[programs](
+        x, weight, bias, state, x if age is None else age, dy, other, dx, dstate, dsums,
+        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), *strides(dy, other, dx), steps,
+        K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
-    dstate = dstate.sum(1)
-    if state.shape[0] != rows:
-        dstate = dstate.sum(0, keepdim=True)
-    return (
-        dx, dweight.sum(0).t().contiguous().to(weight.dtype), dbias.sum(0).to(bias.dtype), dstate.to(state.dtype),
-    )  # fmt: skip
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    add_up(dsums, dweight, dbias)
+    if state.shape[0] > 1:
+        return dx, dweight, dbias, dstate.sum(1).to(state.dtype)
+    shared = torch.empty_like(state)
+    add_up(dstate.flatten(0, 1).flatten(1), shared)
+    return dx, dweight, dbias, shared
 
 
 @conv_backward.register_fake
-def _(x, weight, bias, state, age, dy):
+def _(x, weight, bias, state, age, dy, beside):
     return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, weight, bias, state))
 
 
@@ -224,7 +285,30 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return *torch.ops.hymba_gpu.conv_backward(*ctx.saved_tensors, dy), None
+    return *torch.ops.hymba_gpu.conv_backward(*ctx.saved_tensors, dy, None), None
 
 
 conv_forward.register_autograd(_backward, setup_context=_setup)
+
+
+class BranchConv(torch.autograd.Function):
+    """As `reference.branch_conv`: the kernel adds the gradients of both outputs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.place = place_of(inputs[0])
+        ctx.set_materialize_grads(False)
+        y = conv_forward(*inputs)
+        return y, y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        given = [x for x in gradients if x is not None]
+        if not given:
+            return (None,) * 5
+        x = ctx.saved_tensors[0]
+        dx = ctx.place() if ctx.place else None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+        return *_gradients(*ctx.saved_tensors, *given, *[None] * (2 - len(given)), dx), None

@@ -11,6 +11,22 @@ from torch import Tensor
 
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and .._PREFERRED_SHARED_MEMORY_CARVEOUT in percent
 _MAX_DYNAMIC_SHARED, _CARVEOUT = 8, 9
+_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, for those with an integer in the union of 64 bytes"""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig"""
+
+    _fields_ = (
+        ("blocks", ctypes.c_uint * 3), ("threads", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("attribute_count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -74,23 +90,27 @@ def _function(file: Path, name: str, macros: tuple[tuple[str, int], ...], shared
 
 def launch(
     file: Path, name: str, macros: dict[str, int], blocks: int, threads: int, shared: int,
-    arguments: list[Tensor | int | None],
+    arguments: list[Tensor | int | float | None], overlap: bool = False,
 ) -> None:  # fmt: skip
-    """Run a kernel on the stream and device of its tensors. Integers are 32 bits wide in the kernel's signature;
-    shared: bytes of dynamic shared memory"""
+    """Run a kernel on the stream and device of its tensors. Numbers are 32 bits wide in the kernel's signature;
+    shared: bytes of dynamic shared memory; overlap: with the kernel before it, as `common.overlap`"""
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device):
         function = _function(file, name, tuple(sorted(macros.items())), shared, device.index)
-        values = [
-            ctypes.c_uint32(x) if isinstance(x, int) else ctypes.c_void_p(0 if x is None else x.data_ptr())
-            for x in arguments
-        ]
+        values = [as_argument(x) for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        _require(
-            _libraries()[1].cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None),
-            f"launching {name}:",
-        )
+        how = _Launch(
+            (blocks, 1, 1), (threads, 1, 1), shared, torch.cuda.current_stream(device).cuda_stream,
+            ctypes.pointer(_Attribute(id=_OVERLAP, value=1)), int(overlap),
+        )  # fmt: skip
+        _require(_libraries()[1].cuLaunchKernelEx(ctypes.byref(how), function, pointers, None), f"launching {name}:")
+
+
+def as_argument(x: Tensor | int | float | None) -> ctypes.c_uint32 | ctypes.c_float | ctypes.c_void_p:
+    """As a kernel takes it: a tensor by its address, a number with 32 bits"""
+    if isinstance(x, int):
+        return ctypes.c_uint32(x)
+    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_void_p(0 if x is None else x.data_ptr())
 
 
 def _require(status: int, what: str) -> None:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.gpu.common import INTERPRET, library_op, rows_contiguous
+from hymba.ops.gpu.slices import place_of
 
 BLOCK, STEPS = (16, 8) if INTERPRET else (2048, 64)
 
@@ -41,8 +42,9 @@ def _rotate_kernel(
     tl.store(at + HALF, (right * c + left * s).to(TYPE), mask=real)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    x, cos, sin, y = rows_contiguous(x), cos.contiguous(), sin.contiguous(), rotate_like(x, cos, sin)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool, y: Tensor | None = None) -> Tensor:
+    x, cos, sin = rows_contiguous(x), cos.contiguous(), sin.contiguous()
+    y = rotate_like(x, cos, sin) if y is None else y
     B, H, T, dk = x.shape
     _rotate_kernel[(triton.cdiv(T, STEPS), H, B)](
         x, cos, sin, y, T, *x.stride()[:3], 0 if cos.shape[0] == 1 else T * dk, *y.stride()[:3],
@@ -73,9 +75,12 @@ rotate_backward.register_fake(rotate_like)
 
 def _rotate_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
+    ctx.place = place_of(inputs[0])
 
 
 def _rotate_backward(ctx, dy):
+    if ctx.place:  # a slice, so no graph is being compiled
+        return _rotate(dy, *ctx.saved_tensors, True, ctx.place()), None, None
     return torch.ops.hymba_gpu.rotate_backward(dy, *ctx.saved_tensors), None, None
 
 
@@ -148,8 +153,9 @@ gated_silu_forward.register_autograd(_gated_backward, setup_context=_gated_setup
 
 
 class GatedLinear(torch.autograd.Function):
-    """As `reference.gated_linear`. The gradients of both products stand side by side, so that x and the weights get
-    theirs from one product each: long ones are faster than two and a sum."""
+    """As `reference.gated_linear`. The gradients of both products stand side by side, so that x gets its own from one
+    long product, which is faster than two and a sum. For the weights two are: 760 us instead of 830 for 16384 tokens of
+    the 1.5B shape on an H100."""
 
     @staticmethod
     def forward(ctx, x, gate, up):
@@ -164,6 +170,6 @@ class GatedLinear(torch.autograd.Function):
         width = gate.shape[0]
         both = torch.empty(*z.shape[:-1], 2 * width, dtype=z.dtype, device=z.device)
         _gated_backward_into(z, v, dy, both[..., :width], both[..., width:])
-        both = both.flatten(0, -2)
+        both, rows = both.flatten(0, -2), x.flatten(0, -2)
         dx = (both @ torch.cat((gate, up))).view_as(x)
-        return dx, *(both.T @ x.flatten(0, -2)).split(width)
+        return dx, *(half.T @ rows for half in both.split(width, dim=-1))

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import library_op
+from hymba.ops.gpu.common import add_up, library_op
 
 ELEMENTS = 4096  # in a tile, at least
-BACKWARD_PROGRAMS = 1056  # eight for each of an H100's multiprocessors
+BACKWARD_PROGRAMS = 396  # three for each of an H100's multiprocessors: so many fit, with a long row and the next
 MEAN_PROGRAMS = 264  # two: one is there at a time, with registers for two long rows and what comes next
 
 
@@ -31,22 +31,29 @@ def _normed(x, D, eps):
 
 
 @triton.jit
-def _forward_kernel(x, weight, y, rows, D, x_row, eps, BR: tl.constexpr, BD: tl.constexpr):
+def _forward_kernel(
+    x, added, weight, y, total, rows, D, x_row, added_row, eps,
+    ADDED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """ADDED: norm of the sum of x and another tensor, which is stored beside it"""
     r, d = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64), tl.arange(0, BD)
     real = (r < rows)[:, None] & (d < D)[None, :]
+    at = r[:, None] * D + d[None, :]
+    TYPE: tl.constexpr = total.dtype.element_ty
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    n, _ = _normed(tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32), D, eps)
-    n = n.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + r[:, None] * D + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=real)
+    x_tile = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        x_tile += tl.load(added + r[:, None] * added_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+        x_tile = x_tile.to(TYPE)
+        tl.store(total + at, x_tile, mask=real)
+        x_tile = x_tile.to(tl.float32)
+    n, _ = _normed(x_tile, D, eps)
+    tl.store(y + at, (n.to(TYPE).to(tl.float32) * w[None, :]).to(y.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _backward_tile(x, dout, w, D, eps, ROUND: tl.constexpr):
-    """-> dx, this tile's part of dw"""
-    n, s = _normed(x, D, eps)
-    g = dout * w[None, :]
-    dx = s[:, None] * (g - n * (tl.sum(g * n, axis=1) / D)[:, None])
-    return dx, tl.sum(dout * n.to(ROUND).to(tl.float32), axis=0)
+def _add_both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -54,21 +61,33 @@ def _backward_kernel(
     x, weight, dy, beside, dx, dw, rows, D, x_row, dy_row, beside_row, eps,
     BESIDE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """BESIDE: add another gradient of x to dx"""
+    """BESIDE: add another gradient of x to dx. The next rows come while these are worked on, and both sums over a row
+    are taken at once."""
     d = tl.arange(0, BD)
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    share = tl.zeros((BD,), tl.float32)
-    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
-        r = (first + tl.arange(0, BR)).to(tl.int64)
+    share = tl.zeros((BR, BD), tl.float32)
+    step = tl.num_programs(0) * BR
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    next_x = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0)
+    next_dy = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0)
+    next_beside = tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real & BESIDE, other=0.0)
+    for _ in tl.range(tl.program_id(0) * BR, rows, step, num_stages=1):
+        x_tile, dout, other = next_x.to(tl.float32), next_dy.to(tl.float32), next_beside.to(tl.float32)
+        at, here = dx + r[:, None] * D + d[None, :], real
+        r += step
         real = (r < rows)[:, None] & (d < D)[None, :]
-        x_tile = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32)
-        dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32)
-        dx_tile, part = _backward_tile(x_tile, dout, w, D, eps, x.dtype.element_ty)
-        share += part
-        if BESIDE:
-            dx_tile += tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real, other=0.0).to(tl.float32)
-        tl.store(dx + r[:, None] * D + d[None, :], dx_tile.to(dx.dtype.element_ty), mask=real)
-    tl.store(dw + tl.program_id(0) * D + d, share, mask=d < D)
+        next_x = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0)
+        next_dy = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0)
+        next_beside = tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real & BESIDE, other=0.0)
+        g = dout * w[None, :]
+        squares, products = tl.reduce((x_tile * x_tile, x_tile * g), 1, _add_both)
+        s = tl.rsqrt(squares / D + eps)
+        n = x_tile * s[:, None]
+        share += dout * n.to(x.dtype.element_ty).to(tl.float32)
+        dx_tile = s[:, None] * (g - n * (products * s / D)[:, None]) + other
+        tl.store(at, dx_tile.to(dx.dtype.element_ty), mask=here)
+    tl.store(dw + tl.program_id(0) * D + d, tl.sum(share, axis=0), mask=d < D)
 
 
 @triton.jit
@@ -90,10 +109,11 @@ def _add_each(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def _mean_backward_kernel(
-    a, b, a_weight, b_weight, dy, da, db, dwa, dwb, rows, D, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr
+    a, b, a_weight, b_weight, dy, da, db, dw, rows, D, dy_row, eps, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """The next rows come while these are worked on, and all sums over a row are taken at once: rows are long, so few
-    fit on a multiprocessor, and each would wait for memory and for every sum in turn."""
+    """dw: (programs, 2 D), of both weights. The next rows come while these are worked on, and all sums over a row are
+    taken at once: rows are long, so few fit on a multiprocessor, and each would wait for memory and for every sum in
+    turn."""
     d = tl.arange(0, BD)
     wa = tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)
     wb = tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)
@@ -123,8 +143,9 @@ def _mean_backward_kernel(
         share_b += tl.sum(dout * nb.to(b.dtype.element_ty).to(tl.float32), axis=0)
         tl.store(da + at, dxa.to(da.dtype.element_ty), mask=here)
         tl.store(db + at, dxb.to(db.dtype.element_ty), mask=here)
-    tl.store(dwa + tl.program_id(0) * D + d, share_a, mask=d < D)
-    tl.store(dwb + tl.program_id(0) * D + d, share_b, mask=d < D)
+    dw += tl.program_id(0) * 2 * D
+    tl.store(dw + d, share_a, mask=d < D)
+    tl.store(dw + D + d, share_b, mask=d < D)
 
 
 def _rows(x: Tensor) -> Tensor:  # (..., D) -> (rows, D) with a contiguous last dimension, without a copy where possible
@@ -137,15 +158,24 @@ def _tile(D: int) -> dict[str, int]:
     return {"BR": max(1, ELEMENTS // BD // 4 if BD < 1024 else 1), "BD": BD, "num_warps": 8 if BD > 2048 else 4}
 
 
+def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> norm of the sum, the sum"""
+    total = x
+    if added is not None:
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, added.dtype), device=x.device)
+    y, flat, tile = rms_norm_like(total, weight, eps), _rows(x), _tile(x.shape[-1])
+    other, (rows, D) = flat if added is None else _rows(added), flat.shape
+    _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        flat, other, weight.contiguous(), y, total, rows, D, flat.stride(0), other.stride(0), eps,
+        ADDED=added is not None, **tile,
+    )  # fmt: skip
+    return y, total
+
+
 @library_op("rms_norm_forward")
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., D), weight: (D,)"""
-    y, flat = rms_norm_like(x, weight, eps), _rows(x)
-    (rows, D), tile = flat.shape, _tile(x.shape[-1])
-    _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
-        flat, weight.contiguous(), y, rows, D, flat.stride(0), eps, **tile
-    )  # fmt: skip
-    return y
+    return _forward(x, None, weight, eps)[0]
 
 
 @rms_norm_forward.register_fake
@@ -168,7 +198,9 @@ def rms_norm_backward(
         flat, weight.contiguous(), dflat, other, dx, dw, rows, D, flat.stride(0), dflat.stride(0), other.stride(0),
         eps, BESIDE=beside is not None, **tile,
     )  # fmt: skip
-    return dx, dw.sum(0).to(weight.dtype)
+    dweight = torch.empty_like(weight)
+    add_up(dw, dweight)
+    return dx, dweight
 
 
 @rms_norm_backward.register_fake
@@ -190,21 +222,24 @@ rms_norm_forward.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 
 class BranchNorm(torch.autograd.Function):
-    """As `reference.branch_norm`: one kernel adds the gradients of both outputs."""
+    """As `reference.branch_norm`: one kernel adds, if there is something to add, and norms; one backward adds the
+    gradients of both outputs."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(ctx, x, weight, eps, added):
+        y, total = _forward(x, added, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.adds = eps, added is not None
         ctx.set_materialize_grads(False)
-        return rms_norm_forward(x, weight, eps), x
+        return y, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, beside):
-        if dy is None:
-            return beside, None, None
-        return *rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, beside), None
+    def backward(ctx, dy, dtotal):
+        dweight = None
+        if dy is not None:
+            dtotal, dweight = rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, dtotal)
+        return dtotal, dweight, None, dtotal if ctx.adds else None
 
 
 @library_op("mean_of_norms_forward")
@@ -236,12 +271,13 @@ def mean_of_norms_backward(
     rows, D = a.shape
     programs = min(MEAN_PROGRAMS, triton.cdiv(rows, tile["BR"]))
     tile["num_warps"] *= 2
-    dwa, dwb = (torch.empty(programs, D, dtype=torch.float32, device=a.device) for _ in range(2))
+    dw = torch.empty(programs, 2 * D, dtype=torch.float32, device=a.device)
     _mean_backward_kernel[(programs,)](
-        a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dwa, dwb, rows, D, dflat.stride(0), eps,
-        **tile
+        a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dw, rows, D, dflat.stride(0), eps, **tile
     )  # fmt: skip
-    return da, db, dwa.sum(0).to(a_weight.dtype), dwb.sum(0).to(b_weight.dtype)
+    dwa, dwb = torch.empty_like(a_weight), torch.empty_like(b_weight)
+    add_up(dw, dwa, dwb)
+    return da, db, dwa, dwb
 
 
 @mean_of_norms_backward.register_fake

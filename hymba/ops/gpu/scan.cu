@@ -522,7 +522,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
     const long long* lengths, const float4* kept, const element* dy, const float* dlast, element* du, element* ddt,
     element* dgate, float* dBC, float* dbias, float* dA, float* dD, float* dstate, float4* carry, int* flags, int rows,
     int T, int E, u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 dy_row, u32 dy_step,
-    u32 state_row, int per_row, int stretch) {
+    u32 dgate_row, u32 dgate_step, u32 state_row, int per_row, int stretch) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (T + CHUNK - 1) / CHUNK;
@@ -728,7 +728,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                         u32 at = (row * T + t) * E + my.e;
                         put(du, at, packed(du_[0], du_[1]));
                         put(ddt, at, packed(ddt_[0], ddt_[1]));
-                        put(dgate, at, packed(dz[0], dz[1]));
+                        put(dgate, row * dgate_row + t * dgate_step + my.e, packed(dz[0], dz[1]));
                     }
                 }
                 // The next group writes the other half of `parts`, so one barrier is enough. At the end of a chunk it

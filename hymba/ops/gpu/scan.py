@@ -43,6 +43,7 @@ from hymba.ops.gpu.common import (
     state_row,
     strides,
 )
+from hymba.ops.gpu.slices import place_of
 
 # steps in a group forward, and between the kept states; in a group backward, where states of all steps are in registers
 GROUP, BACKWARD_GROUP = 8, 4
@@ -430,12 +431,15 @@ def _setup(ctx, inputs, output):
     *tensors, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
+    ctx.place = place_of(tensors[7])
 
 
 def _backward(ctx, dy, dlast, _):
-    u, state = ctx.saved_tensors[0], ctx.saved_tensors[8]
+    u, dt, _, A, _, _, _, gate, state = ctx.saved_tensors[:9]
     dy = torch.zeros_like(u) if dy is None else dy
     dlast = state.new_zeros(u.shape[0], *state.shape[1:]) if dlast is None else dlast
+    if ctx.place and scan_cuda.fits(u, dt, gate, A, keep=True):  # a slice, so no graph is being compiled
+        return *scan_cuda.backward(*ctx.saved_tensors, dy, dlast, dgate=ctx.place()), None, None, None
     return *torch.ops.hymba_gpu.scan_backward(*ctx.saved_tensors, dy, dlast), None, None, None
 
 

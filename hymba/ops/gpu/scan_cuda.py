@@ -103,8 +103,9 @@ def _macros(u: Tensor, parameter: Tensor, starts: Tensor | None, keep: bool) -> 
             "KEEP": int(keep)}  # fmt: skip
 
 
-def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy, dlast):
-    """-> gradients of u, dt, dt_bias, A, B, C, D, gate, state"""
+def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy, dlast, dgate=None):
+    """dgate: where the gradient of the gate shall be written, strided as the gate may be
+    -> gradients of u, dt, dt_bias, A, B, C, D, gate, state"""
     types = [x.dtype for x in (dt_bias, B, C, D)]
     u, dt, gate, dy = (_in_pieces(x) for x in (u, dt, gate, dy))
     B, C = (_in_pieces(x.to(u.dtype).contiguous()) for x in (B, C))
@@ -116,7 +117,8 @@ def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy,
     chains = rows * per_row
     blocks, stretch = _stretches(chains, T, u.device)
     f32 = {"dtype": torch.float32, "device": u.device}
-    du, ddt, dgate = (torch.empty(rows, T, E, dtype=u.dtype, device=u.device) for _ in range(3))
+    du, ddt = (torch.empty(rows, T, E, dtype=u.dtype, device=u.device) for _ in range(2))
+    dgate = torch.empty_like(du) if dgate is None else dgate
     dBC = torch.empty(per_row, 2, rows, T, N, **f32)
     dA = torch.empty(rows, E, N, **f32)
     dstate = torch.empty_like(dA) if starts is None else torch.zeros_like(dA)
@@ -126,7 +128,7 @@ def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy,
     cuda.launch(
         SOURCE, "scan_backward", _macros(u, dt_bias, starts, False), blocks, THREADS, BACKWARD_SHARED,
         [u, dt, gate, B, C, dt_bias, A, D, state, starts, lengths, kept, dy, dlast.contiguous(), du, ddt, dgate, dBC,
-         dbias, dA, dD, dstate, carry, flags, rows, T, E, *strides(u, dt, gate, dy), state_row(state), per_row,
+         dbias, dA, dD, dstate, carry, flags, rows, T, E, *strides(u, dt, gate, dy, dgate), state_row(state), per_row,
          stretch],
     )  # fmt: skip
     if state.shape[0] != rows:

@@ -9,13 +9,16 @@ what stands before and after a product is folded into it:
                                                 the sums of squares that s needs
     SiLU(W x) (V x), relu(W x)^2, + residual    after it
 
-A warp owns a row of W, and loads all of it before it looks at x: kernels of one step overlap (`common.overlap`), so
-that the weights of a product are on their way while the kernels before it still run, and memory never waits for a
-launch. Between the products of a batch of one stand two kernels (`branches`): `attend_and_project`, attention over
-pieces of the keys beside the projection of B, C and dt, and `merge_and_scan`, which joins the pieces beside the
-recurrence's step. Queries and keys are rotated, and the convolution is taken, where they are used, more than once: a
-kernel of its own would cost more. Larger batches have one, `prepare`, and `scan_step`, which norms B and C and takes
-the recurrence's step.
+Rows of W are asked for before a kernel looks at x: the kernels of a step overlap (`common.overlap`), so that the
+weights of a product are on their way while the kernels before it still run, and memory never waits for a launch. On
+cards that have bulk copies the product is in CUDA C++, and rows come to shared memory (gemv.cu; `gemv_cuda.fits`
+chooses); in Triton's, for the others, a warp owns a row, in registers.
+
+Between the products of a batch of one stand two kernels (`branches`): `attend_and_project`, attention over pieces of
+the keys beside the projection of B, C and dt, and `merge_and_scan`, which joins the pieces beside the recurrence's
+step. Queries and keys are rotated, and the convolution is taken, where they are used, more than once: a kernel of its
+own would cost more. Larger batches have one, `prepare`, and `scan_step`, which norms B and C and takes the recurrence's
+step. In front of all layers `begin` finds embeddings and positions.
 
 float32: everything between load and store.
 """
@@ -27,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hymba.ops.gpu import gemv_cuda
 from hymba.ops.gpu.common import INTERPRET, LOG2E, inputs_ready, let_next_begin, overlap, softplus
 from hymba.ops.gpu.decode import absorb, merge_head, plan, store_piece
 from hymba.visibility import KeyValue
@@ -121,22 +125,27 @@ def _gemv_kernel(
 def gemv(
     x: Tensor, w: Tensor, y: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
     mean_with: tuple[Tensor, Tensor, int] | None = None, up: Tensor | None = None, squared_relu: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, early: bool = True,
 ) -> None:  # fmt: skip
     """x: (K,), w: (rows, K) -> y: (rows,), which is written. norm: weight of an RMSNorm of x; mean_with: (the other
     branch, sums of squares, how many of them are those of x), as from `branches`; up: (rows, K), makes this
-    SiLU(W x) (V x); residual: (rows,), is added"""
+    SiLU(W x) (V x); residual: (rows,), is added; early: begin while the kernel before this one still runs. Then the
+    kernel after this one may do so, too"""
     rows, K = w.shape
     x2, squares, heads = mean_with or (x, x, 0)
+    form = {
+        "NORM": int(norm is not None), "MEAN": squares.shape[0] if mean_with else 0,
+        "ACTIVATION": GATED_SILU if up is not None else SQUARED_RELU if squared_relu else NO_ACTIVATION,
+        "RESIDUAL": int(residual is not None),
+    }  # fmt: skip
+    arguments = x, norm, x2, squares, heads, w, up, residual, y, rows, eps
+    if gemv_cuda.fits(*arguments):
+        gemv_cuda.gemv(arguments, form, early)
+        return
     BN = 8 if rows >= 4096 and up is None else 4
     # at 154 registers, four programs of the 1.5B shape's 400 would have to wait until others are done
-    options = _at_most(128, w) if mean_with else overlap(x.device)
-    _gemv_kernel[(triton.cdiv(rows, BN),)](
-        x, norm, x2, squares, heads, w, up, residual, y, rows, eps, K,
-        NORM=norm is not None, MEAN=squares.shape[0] if mean_with else 0,
-        ACTIVATION=GATED_SILU if up is not None else SQUARED_RELU if squared_relu else NO_ACTIVATION,
-        RESIDUAL=residual is not None, BN=BN, BK=COLUMNS, num_warps=BN, **options,
-    )  # fmt: skip
+    options = _at_most(128, w) if mean_with else overlap(x.device) if early else {"PDL": False}
+    _gemv_kernel[(triton.cdiv(rows, BN),)](*arguments, K, **form, BN=BN, BK=COLUMNS, num_warps=BN, **options)
 
 
 @triton.jit
@@ -533,17 +542,44 @@ def branches(
 
 
 @triton.jit
-def _positions_kernel(lengths, positions, slots, n_meta, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    last = tl.load(lengths + row)
-    # `visibility.stored_positions` once the new token is stored; `last` is its number
-    turns = (last - s) // slots  # of a ring; negative numerators do not arise where s <= last
-    token = tl.where(s <= last, s + turns * slots, -1)
-    tl.store(positions + row * slots + s, tl.where(token >= 0, token + n_meta, 2147483647), mask=s < slots)
+def _begin_kernel(
+    ids, embedding, lengths, tokens, now, x, positions0, positions1, slots0, slots1, n_meta, D, BLOCK: tl.constexpr
+):
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    token = tl.load(lengths + row)
+    word = tl.load(ids + row)
+    tl.debug_barrier()  # before its last reader has it, the length does not move
+    tl.store(lengths + row, token + 1)
+    tl.store(tokens + row, token)
+    tl.store(now + row, token + n_meta)
+    for d in range(0, D, BLOCK):
+        real = d + i < D
+        tl.store(x + row * D + d + i, tl.load(embedding + word * D + d + i, mask=real), mask=real)
+    _place(token, positions0 + row * slots0, slots0, n_meta, BLOCK)
+    _place(token, positions1 + row * slots1, slots1, n_meta, BLOCK)
 
 
-def store_positions(lengths: Tensor, positions: Tensor, n_meta: int) -> None:
-    """lengths: (B,) int32 tokens before this step -> positions: (B, slots) int32 with its token stored, written"""
-    B, slots = positions.shape
-    _positions_kernel[(triton.cdiv(slots, 1024), B)](lengths, positions, slots, n_meta, BLOCK=1024)
+@triton.jit
+def _place(last, positions, slots, n_meta, BLOCK: tl.constexpr):
+    """`visibility.stored_positions` once the new token is stored; `last` is its number"""
+    for first in range(0, slots, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        turns = (last - s) // slots  # of a ring; negative numerators do not arise where s <= last
+        token = tl.where(s <= last, s + turns * slots, -1)
+        tl.store(positions + s, tl.where(token >= 0, token + n_meta, 2147483647), mask=s < slots)
+
+
+def begin(
+    ids: Tensor, embedding: Tensor, lengths: Tensor, tokens: Tensor, now: Tensor, positions: Sequence[Tensor],
+    n_meta: int,
+) -> Tensor:  # fmt: skip
+    """What a step needs before its first layer. ids: (B,), embedding: (V, D), lengths: (B,) int32 tokens before this
+    step, is advanced; tokens: (B,) the same, now: (B, 1) position of the new token, positions: one or two of
+    (B, slots), with its token stored, which are written -> x: (B, D)"""
+    (B, D), one, two = (ids.shape[0], embedding.shape[1]), positions[0], positions[-1]
+    x = embedding.new_empty(B, D)
+    _begin_kernel[(B,)](
+        ids, embedding, lengths, tokens, now, x, one, two, one.shape[1], two.shape[1], n_meta, D, BLOCK=2048,
+        num_warps=16,
+    )  # fmt: skip
+    return x

@@ -48,16 +48,21 @@ def _run(hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_
     with torch.autocast(device, enabled=False):
         w, losses, d_hidden, d_weight = weight.to(dtype), [], [], None
         if on_gpu and V % GPU_WIDTH:
-            w = F.pad(w, (0, 0, 0, -V % GPU_WIDTH))  # logits of 0, which get no gradient
+            w = torch.cat([w, w.new_zeros(-V % GPU_WIDTH, w.shape[1])])  # logits of 0, which get no gradient
         for h, t in zip(hidden.to(dtype).split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(h, w)
             losses.append(ops.cross_entropy_(logits[:, :V], t, IGNORED_LABEL).sum())
             if for_hidden:
                 d_hidden.append(logits @ w)
             if for_weight:  # chunks are added up in the weight's own precision
-                part = (logits.T @ h)[:V]
-                d_weight = part.to(weight.dtype) if d_weight is None else d_weight.add_(part)
-        return torch.stack(losses).sum(), torch.cat(d_hidden).to(hidden.dtype) if for_hidden else None, d_weight
+                if d_weight is None:
+                    d_weight = (logits.T @ h).to(weight.dtype)
+                elif weight.dtype == dtype:
+                    d_weight.addmm_(logits.T, h)
+                else:
+                    d_weight.add_(logits.T @ h)
+        d_hidden = torch.cat(d_hidden).to(hidden.dtype) if for_hidden else None
+        return torch.stack(losses).sum(), d_hidden, d_weight[:V] if for_weight else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -60,16 +60,19 @@ def _add_up_kernel(parts, first, second, P, n, n_first, BP: tl.constexpr, BLOCK:
     tl.store(second + i - n_first, total.to(second.dtype.element_ty), mask=(i >= n_first) & (i < n))
 
 
-def add_up(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+def add_up(parts: Tensor, *like: Tensor) -> list[Tensor]:
     """Sums over partial sums, always in the same order, and their rounding, in one kernel.
 
-    parts: (P, n) float32; first, second: written, contiguous, of n elements together
+    parts: (P, ..) float32 -> one tensor or two, shaped and typed as `like`, of the sums' elements one after another
     """
-    P, n = parts.shape
-    BP, BLOCK = (8, 16) if INTERPRET else (128, 16)
+    sums = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
+    P, n = parts.shape[0], sum(x.numel() for x in sums)
+    BP = min(max(triton.next_power_of_2(P), 8), 8 if INTERPRET else 128)
+    BLOCK = (128 if INTERPRET else 2048) // BP
     _add_up_kernel[(triton.cdiv(n, BLOCK),)](
-        parts, first, first if second is None else second, P, n, first.numel(), BP=BP, BLOCK=BLOCK, num_warps=4
+        parts, sums[0], sums[-1], P, n, sums[0].numel(), BP=BP, BLOCK=BLOCK, num_warps=4
     )
+    return sums
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -266,13 +266,11 @@ def _gradients(x, weight, bias, state, age, dy, beside, dx):
         T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), *strides(dy, other, dx), steps,
         K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    add_up(dsums, dweight, dbias)
-    if state.shape[0] > 1:
-        return dx, dweight, dbias, dstate.sum(1).to(state.dtype)
-    shared = torch.empty_like(state)
-    add_up(dstate.flatten(0, 1).flatten(1), shared)
-    return dx, dweight, dbias, shared
+    if state.shape[0] == 1:
+        (dstate,) = add_up(dstate.flatten(0, 1), state)
+    else:
+        dstate = dstate.sum(1).to(state.dtype)
+    return dx, *add_up(dsums, weight, bias), dstate
 
 
 @conv_backward.register_fake

@@ -198,9 +198,7 @@ def rms_norm_backward(
         flat, weight.contiguous(), dflat, other, dx, dw, rows, D, flat.stride(0), dflat.stride(0), other.stride(0),
         eps, BESIDE=beside is not None, **tile,
     )  # fmt: skip
-    dweight = torch.empty_like(weight)
-    add_up(dw, dweight)
-    return dx, dweight
+    return dx, *add_up(dw, weight)
 
 
 @rms_norm_backward.register_fake
@@ -275,9 +273,7 @@ def mean_of_norms_backward(
     _mean_backward_kernel[(programs,)](
         a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dw, rows, D, dflat.stride(0), eps, **tile
     )  # fmt: skip
-    dwa, dwb = torch.empty_like(a_weight), torch.empty_like(b_weight)
-    add_up(dw, dwa, dwb)
-    return da, db, dwa, dwb
+    return da, db, *add_up(dw, a_weight, b_weight)
 
 
 @mean_of_norms_backward.register_fake

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from hymba.ops.gpu import cuda
-from hymba.ops.gpu.common import INTERPRET, state_row, strides
+from hymba.ops.gpu.common import INTERPRET, add_up, state_row, strides
 
 SOURCE = Path(__file__).with_name("scan.cu")
 CHUNK = 16  # steps between kept states, as in the source
@@ -106,7 +106,7 @@ def _macros(u: Tensor, parameter: Tensor, starts: Tensor | None, keep: bool) -> 
 def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy, dlast, dgate=None):
     """dgate: where the gradient of the gate shall be written, strided as the gate may be
     -> gradients of u, dt, dt_bias, A, B, C, D, gate, state"""
-    types = [x.dtype for x in (dt_bias, B, C, D)]
+    like = dt_bias, B, C, D
     u, dt, gate, dy = (_in_pieces(x) for x in (u, dt, gate, dy))
     B, C = (_in_pieces(x.to(u.dtype).contiguous()) for x in (B, C))
     A, state = A.contiguous(), state.contiguous()
@@ -132,6 +132,6 @@ def backward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, kept, dy,
          stretch],
     )  # fmt: skip
     if state.shape[0] != rows:
-        dstate = dstate.sum(0, keepdim=True)
-    dB, dC = (x.to(kind, copy=True) for x, kind in zip(dBC.sum(0), types[1:3], strict=True))
-    return du, ddt, dbias.sum(0).to(types[0]), dA.sum(0), dB, dC, dD.sum(0).to(types[3]), dgate, dstate
+        (dstate,) = add_up(dstate, state)
+    (dbias,), dBC, (dD,), (dA,) = add_up(dbias, like[0]), add_up(dBC, *like[1:3]), add_up(dD, like[3]), add_up(dA, A)
+    return du, ddt, dbias, dA, *dBC, dD, dgate, dstate

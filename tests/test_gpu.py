@@ -236,6 +236,15 @@ def test_norms():
     assert_as_reference("branch_norm", [x, v, 1e-6, y])
     assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
 
+    def slices(ops):
+        return lambda x, *weights: ops.split_norms(x, weights, 1e-6)
+
+    for dtype, bound in ((torch.float32, FP32), (torch.bfloat16, BF16)):
+        inputs = [x.to(dtype) for x in (randn(2, 7, 50)[..., :41], randn(21), randn(10), randn(10))]
+        expected = run(slices(reference), inputs, torch.float32)
+        for a, b in zip(run(slices(gpu), on_device(inputs)), expected, strict=True):
+            assert_near(a.cpu(), b, bound, f"norms of slices, {dtype}")
+
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_elementwise(rows):

@@ -26,7 +26,6 @@ class Mamba(nn.Module):
     def __init__(self, config: HymbaConfig):
         super().__init__()
         E, N, K, rank = config.d_inner, config.d_state, config.d_conv, config.dt_rank
-        self.widths = (rank, N, N)
         self.conv_weight = nn.Parameter(torch.empty(E, K))
         self.conv_bias = nn.Parameter(torch.empty(E))
         self.x_proj = nn.Linear(E, rank + 2 * N, bias=False)
@@ -63,10 +62,10 @@ class Mamba(nn.Module):
         after = conv_tail(conv_state, u, layout.lengths)
         branch, u = ops.branch_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
         low = ops.linear(branch, self.x_proj.weight) if is_plain(self.x_proj) else self.x_proj(branch)
-        dt, B, C = low.split(self.widths, dim=-1)
-        dt = ops.linear(self.dt_norm(dt), self.dt_weight)  # its bias is added in float32, inside the scan
+        norms = [norm.weight for norm in (self.dt_norm, self.B_norm, self.C_norm)]
+        dt, B, C = ops.split_norms(low, norms, self.dt_norm.eps)
+        dt = ops.linear(dt, self.dt_weight)  # its bias is added in float32, inside the scan
         A = -torch.exp(self.A_log.float())
-        B, C = self.B_norm(B), self.C_norm(C)
         y, ssm_state = ops.selective_scan(
             u, dt, self.dt_bias, A, B, C, self.D, gate, ssm_state, layout.starts, layout.lengths
         )

@@ -29,12 +29,14 @@ from hymba.ops.reference import (
     rms_norm,
     rotate,
     split,
+    split_norms,
 )
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
     "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_linear", "gated_silu", "heads",
-    "linear", "mean_of_norms", "rms_norm", "rotate", "selective_scan", "split", "ssd",
+    "linear", "mean_of_norms", "rms_norm", "rotate", "selective_scan", "split", "split_norms",
+    "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

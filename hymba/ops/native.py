@@ -334,6 +334,11 @@ def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = No
     return rms_norm(x, weight, eps), x
 
 
+def split_norms(x, weights, eps) -> tuple[Tensor, ...]:
+    slices = x.split([weight.shape[0] for weight in weights], dim=-1)
+    return tuple(rms_norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+
+
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:
     inputs = (attn, ssm, attn_weight, ssm_weight)
     return _Mean.apply(*inputs, eps) if needs_grad(*inputs) else mean_forward(*inputs, eps)

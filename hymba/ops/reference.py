@@ -47,6 +47,15 @@ def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = No
     return rms_norm(x, weight, eps), x
 
 
+def split_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+    """RMSNorm of each slice of the last dimension.
+
+    x: (..., sum of widths), weights: (width,) each -> (..., width) each
+    """
+    slices = x.split([weight.shape[0] for weight in weights], dim=-1)
+    return tuple(rms_norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+
+
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
     """Fusion of the two branches (paper, equation 3, with the learned magnitudes as norm weights).
 

@@ -22,7 +22,7 @@ from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import GatedLinear, gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
-from hymba.ops.gpu.norm import BranchNorm, mean_of_norms_forward, rms_norm_forward
+from hymba.ops.gpu.norm import BranchNorm, SplitNorms, mean_of_norms_forward, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
 from hymba.visibility import KeyValue
 
@@ -47,6 +47,12 @@ def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = No
     if torch.compiler.is_compiling():
         return reference.branch_norm(x, weight, eps, added)
     return BranchNorm.apply(x, weight, eps, added)
+
+
+def split_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or len(weights) != 3:
+        return reference.split_norms(x, weights, eps)
+    return SplitNorms.apply(x, eps, *weights)
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:

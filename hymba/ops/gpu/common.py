@@ -49,28 +49,30 @@ def state_row(state: Tensor) -> int:
 
 
 @triton.jit
-def _add_up_kernel(parts, first, second, P, n, n_first, BP: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up_kernel(parts, first, second, third, P, n, end_1, end_2, BP: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for p0 in range(0, P, BP):
         p = p0 + tl.arange(0, BP)
         at = parts + p[:, None].to(tl.int64) * n + i[None, :]
         total += tl.sum(tl.load(at, mask=(p < P)[:, None] & (i < n)[None, :], other=0.0), axis=0)
-    tl.store(first + i, total.to(first.dtype.element_ty), mask=i < n_first)
-    tl.store(second + i - n_first, total.to(second.dtype.element_ty), mask=(i >= n_first) & (i < n))
+    tl.store(first + i, total.to(first.dtype.element_ty), mask=i < end_1)
+    tl.store(second + i - end_1, total.to(second.dtype.element_ty), mask=(i >= end_1) & (i < end_2))
+    tl.store(third + i - end_2, total.to(third.dtype.element_ty), mask=(i >= end_2) & (i < n))
 
 
 def add_up(parts: Tensor, *like: Tensor) -> list[Tensor]:
     """Sums over partial sums, always in the same order, and their rounding, in one kernel.
 
-    parts: (P, ..) float32 -> one tensor or two, shaped and typed as `like`, of the sums' elements one after another
+    parts: (P, ..) float32 -> up to three tensors, shaped and typed as `like`, of the sums' elements one after another
     """
     sums = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
-    P, n = parts.shape[0], sum(x.numel() for x in sums)
+    places = [*sums, *sums[-1:] * (3 - len(sums))]
+    P, ends = parts.shape[0], [sum(x.numel() for x in sums[:i]) for i in (1, 2, 3)]
     BP = min(max(triton.next_power_of_2(P), 8), 8 if INTERPRET else 128)
     BLOCK = (128 if INTERPRET else 2048) // BP
-    _add_up_kernel[(triton.cdiv(n, BLOCK),)](
-        parts, sums[0], sums[-1], P, n, sums[0].numel(), BP=BP, BLOCK=BLOCK, num_warps=4
+    _add_up_kernel[(triton.cdiv(ends[2], BLOCK),)](
+        parts, *places, P, ends[2], ends[0], ends[1], BP=BP, BLOCK=BLOCK, num_warps=4
     )
     return sums
 

@@ -20,6 +20,7 @@ from hymba.ops.gpu.common import add_up, library_op
 
 ELEMENTS = 4096  # in a tile, at least
 BACKWARD_PROGRAMS = 396  # three for each of an H100's multiprocessors: so many fit, with a long row and the next
+SLICE_ROWS, SLICE_PROGRAMS = 8, 528  # of the norms of dt, B and C
 MEAN_PROGRAMS = 264  # two: one is there at a time, with registers for two long rows and what comes next
 
 
@@ -57,6 +58,16 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
+def _row_gradient(x, dout, w, D, eps, ROUND: tl.constexpr):
+    """x, dout: (BR, BD) float32 -> gradient of x, what each row gives to the weight's"""
+    g = dout * w[None, :]
+    squares, products = tl.reduce((x * x, x * g), 1, _add_both)
+    s = tl.rsqrt(squares / D + eps)
+    n = x * s[:, None]
+    return s[:, None] * (g - n * (products * s / D)[:, None]), dout * n.to(ROUND).to(tl.float32)
+
+
+@triton.jit
 def _backward_kernel(
     x, weight, dy, beside, dx, dw, rows, D, x_row, dy_row, beside_row, eps,
     BESIDE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
@@ -80,13 +91,9 @@ def _backward_kernel(
         next_x = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0)
         next_dy = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0)
         next_beside = tl.load(beside + r[:, None] * beside_row + d[None, :], mask=real & BESIDE, other=0.0)
-        g = dout * w[None, :]
-        squares, products = tl.reduce((x_tile * x_tile, x_tile * g), 1, _add_both)
-        s = tl.rsqrt(squares / D + eps)
-        n = x_tile * s[:, None]
-        share += dout * n.to(x.dtype.element_ty).to(tl.float32)
-        dx_tile = s[:, None] * (g - n * (products * s / D)[:, None]) + other
-        tl.store(at, dx_tile.to(dx.dtype.element_ty), mask=here)
+        dx_tile, more = _row_gradient(x_tile, dout, w, D, eps, x.dtype.element_ty)
+        share += more
+        tl.store(at, (dx_tile + other).to(dx.dtype.element_ty), mask=here)
     tl.store(dw + tl.program_id(0) * D + d, tl.sum(share, axis=0), mask=d < D)
 
 
@@ -100,6 +107,59 @@ def _mean_forward_kernel(a, b, a_weight, b_weight, y, rows, D, eps, BR: tl.const
     na = na.to(a.dtype.element_ty).to(tl.float32) * tl.load(a_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     nb = nb.to(b.dtype.element_ty).to(tl.float32) * tl.load(b_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, ((na + nb) * 0.5).to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _slice_forward(x, weight, y, r, rows, D, x_row, eps, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    n, _ = _normed(tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32), D, eps)
+    n = n.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(y + r[:, None] * D + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _slices_forward_kernel(
+    x, w0, w1, w2, y0, y1, y2, rows, D0, D1, D2, x_row, eps,
+    BR: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    _slice_forward(x, w0, y0, r, rows, D0, x_row, eps, B0)
+    _slice_forward(x + D0, w1, y1, r, rows, D1, x_row, eps, B1)
+    _slice_forward(x + D0 + D1, w2, y2, r, rows, D2, x_row, eps, B2)
+
+
+@triton.jit
+def _slice_backward(x, weight, dy, dx, share, r, rows, D, x_row, dy_row, dx_row, eps, BD: tl.constexpr):
+    """-> share of the weight's gradient, with that of these rows"""
+    d = tl.arange(0, BD)
+    real = (r < rows)[:, None] & (d < D)[None, :]
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    x_tile = tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+    dout = tl.load(dy + r[:, None] * dy_row + d[None, :], mask=real, other=0.0).to(tl.float32)
+    dx_tile, more = _row_gradient(x_tile, dout, w, D, eps, x.dtype.element_ty)
+    tl.store(dx + r[:, None] * dx_row + d[None, :], dx_tile.to(dx.dtype.element_ty), mask=real)
+    return share + more
+
+
+@triton.jit
+def _slices_backward_kernel(
+    x, w0, w1, w2, dy0, dy1, dy2, dx, dw, rows, D0, D1, D2, x_row, dy0_row, dy1_row, dy2_row, eps,
+    BR: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    s0, s1, s2 = tl.zeros((BR, B0), tl.float32), tl.zeros((BR, B1), tl.float32), tl.zeros((BR, B2), tl.float32)
+    D = D0 + D1 + D2
+    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
+        r = (first + tl.arange(0, BR)).to(tl.int64)
+        s0 = _slice_backward(x, w0, dy0, dx, s0, r, rows, D0, x_row, dy0_row, D, eps, B0)
+        s1 = _slice_backward(x + D0, w1, dy1, dx + D0, s1, r, rows, D1, x_row, dy1_row, D, eps, B1)
+        s2 = _slice_backward(x + D0 + D1, w2, dy2, dx + D0 + D1, s2, r, rows, D2, x_row, dy2_row, D, eps, B2)
+    dw += tl.program_id(0) * D
+    d0, d1, d2 = tl.arange(0, B0), tl.arange(0, B1), tl.arange(0, B2)
+    tl.store(dw + d0, tl.sum(s0, axis=0), mask=d0 < D0)
+    tl.store(dw + D0 + d1, tl.sum(s1, axis=0), mask=d1 < D1)
+    tl.store(dw + D0 + D1 + d2, tl.sum(s2, axis=0), mask=d2 < D2)
 
 
 @triton.jit
@@ -172,6 +232,10 @@ def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tup
     return y, total
 
 
+def _out_type(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
 @library_op("rms_norm_forward")
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., D), weight: (D,)"""
@@ -180,7 +244,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @rms_norm_forward.register_fake
 def rms_norm_like(x, weight, eps):
-    return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    return torch.empty(x.shape, dtype=_out_type(x, weight), device=x.device)
 
 
 @library_op("rms_norm_backward")
@@ -238,6 +302,41 @@ class BranchNorm(torch.autograd.Function):
         if dy is not None:
             dtotal, dweight = rms_norm_backward(*ctx.saved_tensors, ctx.eps, dy, dtotal)
         return dtotal, dweight, None, dtotal if ctx.adds else None
+
+
+class SplitNorms(torch.autograd.Function):
+    """As `reference.split_norms`, of three slices"""
+
+    @staticmethod
+    def forward(ctx, x, eps, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.eps = eps
+        flat, widths = _rows(x), [w.shape[0] for w in weights]
+        outs = [torch.empty(*x.shape[:-1], w.shape[0], dtype=_out_type(x, w), device=x.device) for w in weights]
+        rows = flat.shape[0]
+        _slices_forward_kernel[(triton.cdiv(rows, SLICE_ROWS),)](
+            flat, *(w.contiguous() for w in weights), *outs, rows, *widths, flat.stride(0), eps, **_slice_tile(widths)
+        )  # fmt: skip
+        return tuple(outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        x, *weights = ctx.saved_tensors
+        flat, dflat, widths = _rows(x), [_rows(dy) for dy in gradients], [w.shape[0] for w in weights]
+        rows = flat.shape[0]
+        programs = min(SLICE_PROGRAMS, triton.cdiv(rows, SLICE_ROWS))
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dw = torch.empty(programs, sum(widths), dtype=torch.float32, device=x.device)
+        _slices_backward_kernel[(programs,)](
+            flat, *(w.contiguous() for w in weights), *dflat, dx, dw, rows, *widths, flat.stride(0),
+            *(dy.stride(0) for dy in dflat), ctx.eps, **_slice_tile(widths),
+        )  # fmt: skip
+        return dx, None, *add_up(dw, *weights)
+
+
+def _slice_tile(widths: list[int]) -> dict[str, int]:
+    return {"BR": SLICE_ROWS, **{f"B{i}": triton.next_power_of_2(width) for i, width in enumerate(widths)}}
 
 
 @library_op("mean_of_norms_forward")

@@ -376,8 +376,8 @@ def _keys_kernel(
         acc_k, acc_v, k_tile, v_tile, k_here, k_owner, q, dy, q_at, q_doc, lse, delta, lists + length, T, window,
         n_meta, q_head, q_step, dy_step, scale * LOG2E, R, DK, DV, BK, BV, BM, DOCUMENTS, False,
     )  # fmt: skip
-    _store(dk + (row * G + group) * S * DK, s, DK, S, acc_k * scale, DK, BK)
-    _store(dv + (row * G + group) * S * DV, s, DV, S, acc_v, DV, BV)
+    _store(dk + (row * S * G + group) * DK, s, G * DK, S, acc_k * scale, DK, BK)
+    _store(dv + (row * S * G + group) * DV, s, G * DV, S, acc_v, DV, BV)
 
 
 class Mask(NamedTuple):
@@ -471,8 +471,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v"""
     (B, H, T, DK), (_, G, S, _) = q.shape, v.shape
+    # heads lie side by side, as those of a projection do
     dq = torch.empty(B, T, H, DK, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dk, dv = (torch.empty(B, S, G, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
     delta = torch.empty_like(lse)
     inputs, last = (q, k, v, *_places(mask.at)), (*dy.stride()[:2], int(mask.at.q_at.shape[0] > 1))
     _, of_queries, of_keys = plan(q.device)
@@ -484,4 +485,4 @@ def backward(
     _keys_kernel[(G, B, triton.cdiv(S, of_keys.keys))](
         *inputs, mask.keys, dy, lse, delta, dk, dv, *numbers, scale, *strides, *last, **constants
     )
-    return dq.transpose(1, 2), dk, dv
+    return tuple(x.transpose(1, 2) for x in (dq, dk, dv))

@@ -4,7 +4,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 
@@ -87,11 +86,12 @@ def largest(batch: int, measure: Callable[[int], dict]) -> dict:
         batch //= 2
 
 
-def apart(work: Callable, *arguments: object) -> object:
-    """work(*arguments) in a process of its own: what fails there while a graph is captured spoils nothing here."""
+def apart(seconds: float, work: Callable, *arguments: object) -> object:
+    """work(*arguments) in a process of its own: what fails there while a graph is captured spoils nothing here. Raises
+    `TimeoutError` when it takes longer."""
     free()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+    with get_context("spawn").Pool(1) as pool:  # which ends the process
+        return pool.apply_async(work, arguments).get(seconds)
 
 
 def by_importance(batches: list[int]) -> list[int]:

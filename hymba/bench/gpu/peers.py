@@ -71,9 +71,6 @@ def _peer(shape: Shape, batches: list[int], seconds: float) -> dict:
     table: dict[str, object] = {"decode": [], "prefill": None}
     fits = max(batches)
     for i, batch in enumerate(by_importance(batches)):
-        if i == 1:  # what decides is measured first
-            table["prefill"] = _prefill(shape, model)
-            free()
         if batch > fits or batch in (row["batch"] for row in table["decode"]):
             continue  # a larger one was halved to this, or to less
         if i > 0 and time.perf_counter() > deadline:
@@ -84,6 +81,9 @@ def _peer(shape: Shape, batches: list[int], seconds: float) -> dict:
         print(f"  {shape.name}, decode at 8K: {shown(row)}", flush=True)
         table["decode"].append(row)
         free()
+        if i == 0:  # what decides came first
+            table["prefill"] = _prefill(shape, model)
+            free()
     return table
 
 

@@ -630,3 +630,20 @@ def test_training_step_as_plain_pytorch(monkeypatch):
         results.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):
         assert_near(a, b, 1e-4, "training step")  # float32 through all layers
+
+
+def test_recomputed_blocks_have_the_same_gradients(monkeypatch):
+    """A block that is computed again in the backward pass gives each saved tensor once only."""
+    from hymba import ops
+
+    monkeypatch.setitem(ops.BACKENDS, "gpu", gpu)
+    torch.manual_seed(0)
+    model, ids = tiny_model().to(DEVICE), random_ids(1, 4).to(DEVICE)
+    results = []
+    for model.checkpoint_blocks in (False, True):
+        model.zero_grad()
+        with ops.use_backend("gpu"):
+            model(ids, labels=ids).backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*results, strict=True):
+        assert_near(b, a, FP32, "gradient")

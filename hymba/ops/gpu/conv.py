@@ -306,7 +306,8 @@ class BranchConv(torch.autograd.Function):
         given = [x for x in gradients if x is not None]
         if not given:
             return (None,) * 5
-        x = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: a recomputed block refuses to give them twice
+        x = saved[0]
         dx = ctx.place() if ctx.place else None
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
-        return *_gradients(*ctx.saved_tensors, *given, *[None] * (2 - len(given)), dx), None
+        return *_gradients(*saved, *given, *[None] * (2 - len(given)), dx), None

@@ -435,12 +435,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dlast, _):
-    u, dt, _, A, _, _, _, gate, state = ctx.saved_tensors[:9]
+    saved = ctx.saved_tensors  # once: a recomputed block refuses to give them twice
+    u, dt, _, A, _, _, _, gate, state = saved[:9]
     dy = torch.zeros_like(u) if dy is None else dy
     dlast = state.new_zeros(u.shape[0], *state.shape[1:]) if dlast is None else dlast
     if ctx.place and scan_cuda.fits(u, dt, gate, A, keep=True):  # a slice, so no graph is being compiled
-        return *scan_cuda.backward(*ctx.saved_tensors, dy, dlast, dgate=ctx.place()), None, None, None
-    return *torch.ops.hymba_gpu.scan_backward(*ctx.saved_tensors, dy, dlast), None, None, None
+        return *scan_cuda.backward(*saved, dy, dlast, dgate=ctx.place()), None, None, None
+    return *torch.ops.hymba_gpu.scan_backward(*saved, dy, dlast), None, None, None
 
 
 scan_forward.register_autograd(_backward, setup_context=_setup)

@@ -3,7 +3,7 @@
 // Compiled when it is first needed (cuda.py), with these macros:
 //     TYPE     of u, dt, gate, B, C, y and their gradients: 0 float32 (forward only), 1 bfloat16
 //     PARAM    of dt_bias and D: 0 float32, 1 as TYPE
-//     STARTS   rows hold documents, KEEP the forward pass leaves the state in front of every chunk
+//     STARTS   rows hold documents, KEEP the forward pass leaves the state in front of every group
 //
 // Tiling. A warp owns 16 channels of a row, all states of them in registers, as the matrix unit lays out its
 // accumulators: lane 4 g + q has channels 2 g and 2 g + 1 (rows g and g + 8 of a 16 x 8 tile) and states 2 q, 2 q + 1,
@@ -25,7 +25,6 @@
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define GROUP 8
-#define CHUNK 16  // steps between kept states: two groups
 #define WARPS 4   // of a block
 #define THREADS (32 * WARPS)
 #ifndef POLYNOMIAL
@@ -359,7 +358,7 @@ __device__ inline u32 document_starts(const unsigned char* starts, u32 row, int 
     return __ballot_sync(ALL, begins);
 }
 
-// kept: (rows, chains of a row, chunks, 2, threads) and carry: (chains, 2, threads), as threads hold them
+// kept: (rows, chains of a row, groups, 2, threads) and carry: (chains, 2, threads), as threads hold them
 extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
     const element* u, const element* dt, const element* gate, const element* B, const element* C,
     const parameter* dt_bias, const float* A, const parameter* D, const float* state, const unsigned char* starts,
@@ -367,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
     u32 u_row, u32 u_step, u32 dt_row, u32 dt_step, u32 gate_row, u32 gate_step, u32 state_row, int per_row,
     int stretch) {
     const int STAGES = 3;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (T + CHUNK - 1) / CHUNK;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = (T + GROUP - 1) / GROUP;
     __shared__ Stage<3> stages[STAGES];
     // of each warp: delta of the channels of g, and what else a step needs of all its lanes
 #if TYPE == 0
@@ -375,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
 #else
     __shared__ float2 shared[WARPS][GROUP][8];
 #endif
-    for (Parts part(rows * per_row, chunks * CHUNK, stretch); part.next();) {
+    for (Parts part(rows * per_row, groups * GROUP, stretch); part.next();) {
         int block = part.chain % per_row, begin = part.begin, end = min(part.end, T);
         u32 row = part.chain / per_row;
         Lane my(lane, block * WARPS + warp, E, A, dt_bias, D);
@@ -412,9 +411,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
             copies_end();
             number = number == STAGES - 1 ? 0 : number + 1;
 #if KEEP
-            if (t0 % CHUNK == 0)
-                for (int j = 0; j < 2; j++)
-                    kept[(((u32)part.chain * chunks + t0 / CHUNK) * 2 + j) * THREADS + threadIdx.x] = packed4(h[j]);
+            for (int j = 0; j < 2; j++)
+                kept[(((u32)part.chain * groups + t0 / GROUP) * 2 + j) * THREADS + threadIdx.x] = packed4(h[j]);
 #endif
             float x[2][2];
 #if TYPE != 0
@@ -504,9 +502,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
 #if TYPE != 0
 enum Sum { UNGATED, DDRIVE, DDELTA };
 struct Shared {
-    Stage<4> stages[2][CHUNK / GROUP];  // of this chunk and the next
+    Stage<4> stages[2];  // of this group and the next
     float2 deltas[WARPS][GROUP][8];
-    float4 decays[GROUP][2][THREADS], kept[2][2][THREADS];  // the latter: states in front of this chunk and the next
+    float4 decays[GROUP][2][THREADS], kept[2][2][THREADS];  // the latter: states in front of this group and the next
     float parts[2][WARPS][2][GROUP][16];  // of the gradients of B and C
 
     // of two channels in step i: in the place of that step's decays, once these are read
@@ -525,9 +523,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
     u32 dgate_row, u32 dgate_step, u32 state_row, int per_row, int stretch) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = (T + CHUNK - 1) / CHUNK;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, groups = (T + GROUP - 1) / GROUP;
     int buffer = 0;
-    for (Parts part(rows * per_row, chunks * CHUNK, stretch); part.next();) {
+    for (Parts part(rows * per_row, groups * GROUP, stretch); part.next();) {
         int block = part.chain % per_row, begin = part.length - part.end, end = min(part.length - part.begin, T);
         u32 row = part.chain / per_row;
         Lane my(lane, block * WARPS + warp, E, A, dt_bias, D);
@@ -538,16 +536,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
         Loader<4> loader(pick(inputs, warp), pick(steps, warp), block * 16 * WARPS, E, B + row * T * 16, C + row * T * 16,
                          end);
         View<4> view(warp, g, q);
-        auto load = [&](int chunk) {
-            for (int k = 0; k < CHUNK / GROUP; k++)
-                loader.load(&shared.stages[chunk / CHUNK & 1][k], chunk + k * GROUP);
+        loader.kept();
+        auto load = [&](int t0) {
+            u32 number = (u32)t0 / GROUP;
+            loader.load(&shared.stages[number & 1], t0);
             for (int j = 0; j < 2; j++)
-                copy16(&shared.kept[chunk / CHUNK & 1][j][threadIdx.x],
-                       (const char*)(kept + (((u32)part.chain * chunks + chunk / CHUNK) * 2 + j) * THREADS + threadIdx.x), true);
+                copy16(&shared.kept[number & 1][j][threadIdx.x],
+                       (const char*)&kept[(((u32)part.chain * groups + number) * 2 + j) * THREADS + threadIdx.x], true);
             copies_end();
         };
-        int last_chunk = (end - 1) / CHUNK * CHUNK;
-        load(last_chunk);
+        int last_group = (end - 1) / GROUP * GROUP;
+        load(last_group);
         float back[2][4], dA_sum[2][4] = {}, dD_sum[2] = {}, dbias_sum[2] = {};
         float4* left = carry + (u32)part.chain * 5 * THREADS + threadIdx.x;
         if (part.begin == 0) {
@@ -566,13 +565,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
         }
         copies_wait<0>();
         __syncthreads();
-        float h[2][4];
-
-        // u, delta and their product in two steps and two channels, deltas for all lanes, and B of these steps
-        float x[2][2], delta[2][2];
-        u32 drive[2][2], b[2][2];
-        auto prepare = [&](const Stage<4>& in, int t0) {
-            __syncwarp();  // all have read the deltas of the group before
+        for (int t0 = last_group; t0 >= begin; t0 -= GROUP, buffer ^= 1) {
+            if (t0 > begin) load(t0 - GROUP);
+            const Stage<4>& in = shared.stages[(u32)t0 / GROUP & 1];
+            float h[2][4];
+            for (int j = 0; j < 2; j++) unpacked(h[j], shared.kept[(u32)t0 / GROUP & 1][j][threadIdx.x]);
+            // u, delta and their product in two steps and two channels, deltas for all lanes, and B of these steps
+            float x[2][2], delta[2][2];
+            u32 drive[2][2], b[2][2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 pair v = view.channels(in, DT, half), w = view.channels(in, U, half);
@@ -587,163 +587,137 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                 shared.deltas[warp][2 * q + half][g] = make_float2(delta[half][0], delta[half][1]);
             }
             __syncwarp();
-        };
-        float2 ahead;  // delta of the next step: stores to memory keep the compiler from asking for it earlier
-        auto step = [&](int i, float (*a)[4]) {
-            float2 now = i == 0 ? shared.deltas[warp][0][g] : ahead;
-            if (i < GROUP - 1) ahead = shared.deltas[warp][i + 1][g];
-            my.decay(h, now, a);
-            for (int j = 0; j < 2; j++) mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
-        };
-
-        for (int chunk = last_chunk; chunk >= begin; chunk -= CHUNK) {
-            auto before = [&] {
-                for (int j = 0; j < 2; j++) unpacked(h[j], shared.kept[chunk / CHUNK & 1][j][threadIdx.x]);
-            };
-            before();
-            if (chunk > begin) load(chunk - CHUNK);
-            const Stage<4>* stages = shared.stages[chunk / CHUNK & 1];
-            int groups = end - chunk > GROUP ? 2 : 1;
-            if (groups == 2) {  // to the second group
-                prepare(stages[0], chunk);
-                u32 begins = STARTS ? document_starts(starts, row, chunk, T, lane) : 0;
+            u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
+            u32 states[GROUP + 1][4];  // in front of each step, and behind the last
+            float2 ahead = shared.deltas[warp][0][g];  // stores to memory keep the compiler from asking for it earlier
 #pragma unroll
-                for (int i = 0; i < GROUP; i++) {
-                    if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
-                    step(i, nullptr);
+            for (int i = 0; i < GROUP; i++) {
+                pack(states[i], h);
+                if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
+                float2 step_delta = ahead;
+                if (i < GROUP - 1) ahead = shared.deltas[warp][i + 1][g];
+                float a[2][4];
+                my.decay(h, step_delta, a);
+                for (int j = 0; j < 2; j++) {
+                    mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
+                    shared.decays[i][j][threadIdx.x] = packed4(a[j]);
                 }
             }
-            for (int n = groups - 1; n >= 0; n--, buffer ^= 1) {
-                int t0 = chunk + n * GROUP;
-                const Stage<4>& in = stages[n];
-                if (n == 0) before();
-                prepare(in, t0);
-                u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
-                u32 states[GROUP + 1][4];  // in front of each step, and behind the last
+            pack(states[GROUP], h);
+            // dy times the gate's SiLU; B and C as the products need them: by step in q, and by step in g
+            float gradient[2][2];
+            u32 c[2][2], b_of[2], c_of[2], drive_of[2], gradient_of[2];
 #pragma unroll
-                for (int i = 0; i < GROUP; i++) {
-                    pack(states[i], h);
-                    if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
-                    float a[2][4];
-                    step(i, a);
-                    for (int j = 0; j < 2; j++) shared.decays[i][j][threadIdx.x] = packed4(a[j]);
-                }
-                pack(states[GROUP], h);
-                // dy times the gate's SiLU; B and C as the products need them: by step in q, and by step in g
-                float gradient[2][2];
-                u32 c[2][2], b_of[2], c_of[2], drive_of[2], gradient_of[2];
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
-                    b_of[half] = view.states(in, B_, g, 8 * half);
-                    c_of[half] = view.states(in, C_, g, 8 * half);
-                    for (int k = 0; k < 2; k++) {
-                        float z = k ? high(v) : low(v), dout = k ? high(w) : low(w);
-                        gradient[half][k] = dout * z * sigmoid(z);
-                        c[half][k] = bits(view.state(in, C_, half, k));
-                    }
-                }
+            for (int half = 0; half < 2; half++) {
+                pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
+                b_of[half] = view.states(in, B_, g, 8 * half);
+                c_of[half] = view.states(in, C_, g, 8 * half);
                 for (int k = 0; k < 2; k++) {
-                    drive_of[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
-                    gradient_of[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
+                    float z = k ? high(v) : low(v), dout = k ? high(w) : low(w);
+                    gradient[half][k] = dout * z * sigmoid(z);
+                    c[half][k] = bits(view.state(in, C_, half, k));
                 }
-#pragma unroll
-                for (int i = GROUP - 1; i >= 0; i--) {
-                    bool mine = q == i / 2;  // these lanes have the sums of this step: of two channels, or states g, g + 8
-                    const int half = i & 1;
-                    auto over_states = [&](Sum which, const u32* s, const u32* with) {
-                        float d[4];
-                        mma16(d, s, with);
-                        if (mine) *shared.sum(which, i, warp, g) = make_float2(d[half], d[2 + half]);
-                    };
-                    // with: what has channels in q and steps in g
-                    auto over_channels = [&](int which, const u32* s, const u32* with) {
-                        u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
-                        float d[4];
-                        mma16(d, m, with);
-                        for (int k = 0; k < 2; k++)
-                            if (mine) shared.parts[buffer][warp][which][i][g + 8 * k] = d[2 * k + half];
-                    };
-                    float a[2][4];
-                    for (int j = 0; j < 2; j++) unpacked(a[j], shared.decays[i][j][threadIdx.x]);
-                    float2 step_delta = shared.deltas[warp][i][g];
-                    __syncwarp();  // sums of this step come in the place of its decays
-                    over_states(UNGATED, states[i + 1], c_of);
-                    over_channels(1, states[i + 1], gradient_of);
-                    for (int j = 0; j < 2; j++)
-                        mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & only(mine));
-                    u32 rounded[4];
-                    pack(rounded, back);
-                    over_states(DDRIVE, rounded, b_of);
-                    over_channels(0, rounded, drive_of);
-                    float from[2][4];  // the state that this step began with
-                    for (int j = 0; j < 2; j++)
-                        for (int k = 0; k < 4; k++)
-                            from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
-                    bool begins_here = STARTS && (begins >> i & 1);
-                    if (begins_here) my.read(from, state, row * state_row);
-                    float sum[2] = {}, d[4];
-                    for (int j = 0; j < 2; j++) {
-                        for (int k = 0; k < 4; k++) {
-                            back[j][k] *= a[j][k];
-                            float dlog = back[j][k] * from[j][k];
-                            dA_sum[j][k] += dlog * (k < 2 ? step_delta.x : step_delta.y);
-                            sum[k >> 1] += dlog * my.rate[j][k];
-                        }
-                    }
-                    row_sums(d, sum[0], sum[1]);
-                    if (mine) *shared.sum(DDELTA, i, warp, g) = make_float2(d[half], d[2 + half]);
-                    if (begins_here) {  // this chain alone adds here, in one order
-                        float sums[2][4];
-                        my.read(sums, dstate, row * E * 16);
-                        for (int j = 0; j < 2; j++)
-                            for (int k = 0; k < 4; k++) sums[j][k] += back[j][k], back[j][k] = 0.0f;
-                        my.write(dstate, row * E * 16, sums);
-                    }
-                }
-                __syncwarp();
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int t = t0 + 2 * q + half;
-                    pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
-                    float du_[2], ddt_[2], dz[2];
-                    float2 step_delta = shared.deltas[warp][2 * q + half][g];
-                    float2 ungated = *shared.sum(UNGATED, 2 * q + half, warp, g);
-                    float2 ddrive = *shared.sum(DDRIVE, 2 * q + half, warp, g);
-                    float2 ddelta = *shared.sum(DDELTA, 2 * q + half, warp, g);
-                    pair input = view.channels(in, U, half);
-                    for (int k = 0; k < 2; k++) {
-                        float x = k ? high(input) : low(input), delta = k ? step_delta.y : step_delta.x;
-                        float drive = k ? ddrive.y : ddrive.x;
-                        float slope = 1.0f - ex2(-LOG2E * delta);  // of softplus; 0 where a step does not count
-                        float z = k ? high(v) : low(v), dout = k ? high(w) : low(w), s = sigmoid(z);
-                        float whole = (k ? ungated.y : ungated.x) + x * my.skip[k];
-                        dz[k] = dout * whole * s * (1.0f + z * (1.0f - s));
-                        du_[k] = delta * drive + gradient[half][k] * my.skip[k];
-                        ddt_[k] = ((k ? ddelta.y : ddelta.x) * LN2 + drive * x) * slope;
-                        dD_sum[k] += gradient[half][k] * x;
-                        dbias_sum[k] += ddt_[k];
-                    }
-                    if (my.real && t < T) {
-                        u32 at = (row * T + t) * E + my.e;
-                        put(du, at, packed(du_[0], du_[1]));
-                        put(ddt, at, packed(ddt_[0], ddt_[1]));
-                        put(dgate, row * dgate_row + t * dgate_step + my.e, packed(dz[0], dz[1]));
-                    }
-                }
-                // The next group writes the other half of `parts`, so one barrier is enough. At the end of a chunk it
-                // also says that all copies of the next one are there, and that all are done with this one.
-                if (n == 0) copies_wait<0>();
-                __syncthreads();
-                int which = threadIdx.x / 64, r = threadIdx.x / 8 % 8, state_pair = threadIdx.x % 8 * 2;
-                float2 total = make_float2(0.0f, 0.0f);
-                for (int w = 0; w < WARPS; w++) {
-                    float2 v = *(const float2*)&shared.parts[buffer][w][which][r][state_pair];
-                    total.x += v.x, total.y += v.y;
-                }
-                if (t0 + r < T)
-                    put(dBC, (((u32)block * 2 + which) * rows * T + row * T + t0 + r) * 16 + state_pair, total);
             }
+            for (int k = 0; k < 2; k++) {
+                drive_of[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
+                gradient_of[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
+            }
+#pragma unroll
+            for (int i = GROUP - 1; i >= 0; i--) {
+                bool mine = q == i / 2;  // these lanes have the sums of this step: of two channels, or states g, g + 8
+                const int half = i & 1;
+                auto over_states = [&](Sum which, const u32* s, const u32* with) {
+                    float d[4];
+                    mma16(d, s, with);
+                    if (mine) *shared.sum(which, i, warp, g) = make_float2(d[half], d[2 + half]);
+                };
+                // with: what has channels in q and steps in g
+                auto over_channels = [&](int which, const u32* s, const u32* with) {
+                    u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
+                    float d[4];
+                    mma16(d, m, with);
+                    for (int k = 0; k < 2; k++)
+                        if (mine) shared.parts[buffer][warp][which][i][g + 8 * k] = d[2 * k + half];
+                };
+                float a[2][4];
+                for (int j = 0; j < 2; j++) unpacked(a[j], shared.decays[i][j][threadIdx.x]);
+                float2 step_delta = shared.deltas[warp][i][g];
+                __syncwarp();  // sums of this step come in the place of its decays
+                over_states(UNGATED, states[i + 1], c_of);
+                over_channels(1, states[i + 1], gradient_of);
+                for (int j = 0; j < 2; j++)
+                    mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & only(mine));
+                u32 rounded[4];
+                pack(rounded, back);
+                over_states(DDRIVE, rounded, b_of);
+                over_channels(0, rounded, drive_of);
+                float from[2][4];  // the state that this step began with
+                for (int j = 0; j < 2; j++)
+                    for (int k = 0; k < 4; k++)
+                        from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
+                bool begins_here = STARTS && (begins >> i & 1);
+                if (begins_here) my.read(from, state, row * state_row);
+                float sum[2] = {}, d[4];
+                for (int j = 0; j < 2; j++) {
+                    for (int k = 0; k < 4; k++) {
+                        back[j][k] *= a[j][k];
+                        float dlog = back[j][k] * from[j][k];
+                        dA_sum[j][k] += dlog * (k < 2 ? step_delta.x : step_delta.y);
+                        sum[k >> 1] += dlog * my.rate[j][k];
+                    }
+                }
+                row_sums(d, sum[0], sum[1]);
+                if (mine) *shared.sum(DDELTA, i, warp, g) = make_float2(d[half], d[2 + half]);
+                if (begins_here) {  // this chain alone adds here, in one order
+                    float sums[2][4];
+                    my.read(sums, dstate, row * E * 16);
+                    for (int j = 0; j < 2; j++)
+                        for (int k = 0; k < 4; k++) sums[j][k] += back[j][k], back[j][k] = 0.0f;
+                    my.write(dstate, row * E * 16, sums);
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int t = t0 + 2 * q + half;
+                pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
+                float du_[2], ddt_[2], dz[2];
+                float2 step_delta = shared.deltas[warp][2 * q + half][g];
+                float2 ungated = *shared.sum(UNGATED, 2 * q + half, warp, g);
+                float2 ddrive = *shared.sum(DDRIVE, 2 * q + half, warp, g);
+                float2 ddelta = *shared.sum(DDELTA, 2 * q + half, warp, g);
+                pair input = view.channels(in, U, half);
+                for (int k = 0; k < 2; k++) {
+                    float x = k ? high(input) : low(input), delta = k ? step_delta.y : step_delta.x;
+                    float drive = k ? ddrive.y : ddrive.x;
+                    float slope = 1.0f - ex2(-LOG2E * delta);  // of softplus; 0 where a step does not count
+                    float z = k ? high(v) : low(v), dout = k ? high(w) : low(w), s = sigmoid(z);
+                    float whole = (k ? ungated.y : ungated.x) + x * my.skip[k];
+                    dz[k] = dout * whole * s * (1.0f + z * (1.0f - s));
+                    du_[k] = delta * drive + gradient[half][k] * my.skip[k];
+                    ddt_[k] = ((k ? ddelta.y : ddelta.x) * LN2 + drive * x) * slope;
+                    dD_sum[k] += gradient[half][k] * x;
+                    dbias_sum[k] += ddt_[k];
+                }
+                if (my.real && t < T) {
+                    u32 at = (row * T + t) * E + my.e;
+                    put(du, at, packed(du_[0], du_[1]));
+                    put(ddt, at, packed(ddt_[0], ddt_[1]));
+                    put(dgate, row * dgate_row + t * dgate_step + my.e, packed(dz[0], dz[1]));
+                }
+            }
+            // All copies of the next group are there then, and all are done with this one; one barrier is enough, since
+            // the next group writes the other half of `parts`.
+            copies_wait<0>();
+            __syncthreads();
+            int which = threadIdx.x / 64, r = threadIdx.x / 8 % 8, state_pair = threadIdx.x % 8 * 2;
+            float2 total = make_float2(0.0f, 0.0f);
+            for (int w = 0; w < WARPS; w++) {
+                float2 v = *(const float2*)&shared.parts[buffer][w][which][r][state_pair];
+                total.x += v.x, total.y += v.y;
+            }
+            if (t0 + r < T)
+                put(dBC, (((u32)block * 2 + which) * rows * T + row * T + t0 + r) * 16 + state_pair, total);
         }
         if (part.end == part.length) {
             if (STARTS) {

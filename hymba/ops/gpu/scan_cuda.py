@@ -14,7 +14,7 @@ from hymba.ops.gpu import cuda
 from hymba.ops.gpu.common import INTERPRET, add_up, state_row, strides
 
 SOURCE = Path(__file__).with_name("scan.cu")
-CHUNK = 16  # steps between kept states, as in the source
+GROUP = 8  # steps between kept states, as in the source
 WARPS, WARP, TILE = 4, 32, 16  # of a block, lanes of a warp, channels of a warp
 THREADS, CHANNELS = WARPS * WARP, WARPS * TILE
 BLOCKS = 3  # on a multiprocessor
@@ -25,7 +25,7 @@ LEAST, SHORT = 1.0, 512
 # bytes of `Shared`, a block's memory: inputs; decays and kept states of each thread; deltas and parts of the gradients
 # of B and C of each warp
 STAGE_BYTES = (4 * WARPS * 9 + 2 * 8) * 16 * 2  # of eight steps: four inputs, and B and C
-BACKWARD_SHARED = 4 * STAGE_BYTES + THREADS * (8 * 2 + 2 * 2) * 16 + WARPS * (8 * 8 * 8 + 2 * 2 * 8 * 16 * 4)
+BACKWARD_SHARED = 2 * STAGE_BYTES + THREADS * (8 * 2 + 2 * 2) * 16 + WARPS * (8 * 8 * 8 + 2 * 2 * 8 * 16 * 4)
 
 
 def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
@@ -37,16 +37,16 @@ def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:
         and (u.dtype == torch.bfloat16 or (u.dtype == torch.float32 and not keep))
         and max(x.shape[i] * x.stride(i) * x.itemsize for x in (u, dt, gate) for i in (0, 1)) < 2**32
         # indices of 32 bits: outputs, kept states, gradients of B and C, states
-        and u.shape[0] * 4 * max(u.shape[1] * max(E, 8 * N), (u.shape[1] + CHUNK) * E, N * E) < 2**32
+        and u.shape[0] * 4 * max(u.shape[1] * max(E, 8 * N), 2 * (u.shape[1] + GROUP) * E, N * E) < 2**32
         and torch.cuda.get_device_capability(u.device) >= (8, 0) and cuda.available()
         and (u.shape[1] <= SHORT or chains >= LEAST * torch.cuda.get_device_properties(u.device).multi_processor_count)
     )  # fmt: skip
 
 
 def kept(u: Tensor, N: int) -> tuple[int, ...]:
-    """Shape of what the forward pass keeps: the state in front of every chunk of steps, as threads hold it."""
+    """Shape of what the forward pass keeps: the state in front of every group of steps, as threads hold it."""
     rows, T, E = u.shape
-    return rows, triton.cdiv(E, CHANNELS), triton.cdiv(T, CHUNK), CHANNELS, N
+    return rows, triton.cdiv(E, CHANNELS), triton.cdiv(T, GROUP), CHANNELS, N
 
 
 def _in_pieces(x: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ def _room(device: torch.device) -> int:
 
 
 def _stretches(chains: int, T: int, device: torch.device) -> tuple[int, int]:
-    """Blocks, and the steps of each: whole chunks, and no fewer than a chain has."""
-    blocks, chunks = min(chains, _room(device)), triton.cdiv(T, CHUNK)
-    return blocks, triton.cdiv(chains * chunks, blocks) * CHUNK
+    """Blocks, and the steps of each: whole groups, and no fewer than a chain has."""
+    blocks, groups = min(chains, _room(device)), triton.cdiv(T, GROUP)
+    return blocks, triton.cdiv(chains * groups, blocks) * GROUP
 
 
 def forward(u, dt, dt_bias, A, B, C, D, gate, state, starts, lengths, keep, y, last, kept):

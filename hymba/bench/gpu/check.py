@@ -21,7 +21,8 @@ from hymba.visibility import KeyValue
 
 # rounding of the reference in float32 against ours: sums in another order; bfloat16: 8 bits of the output
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-DECODER_TOLERANCE = 1e-4  # float32 through four layers
+# through four layers
+STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 WORKERS = 14
 
 
@@ -85,13 +86,17 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
     }  # fmt: skip
 
 
+def _take_kernels_of_large_sizes() -> None:
+    from hymba.ops import gpu
+    from hymba.ops.gpu import scan_cuda, slices
+
+    gpu.FEW = scan_cuda.LEAST = slices.LEAST = 0
+
+
 def operation_error(dtype: str, name: str) -> float:
     """Largest relative error of outputs and gradients of one operation."""
-    from hymba.ops import gpu
-    from hymba.ops.gpu import scan_cuda
-
+    _take_kernels_of_large_sizes()
     torch.manual_seed(0)
-    gpu.FEW = scan_cuda.LEAST = 0  # small sizes, too, by the kernel of large ones
     backend = ops.backend(torch.empty(1, device=GPU))
     function, inputs = operations()[name]
     inputs = [x.to(getattr(torch, dtype)) for x in inputs]
@@ -102,17 +107,43 @@ def operation_error(dtype: str, name: str) -> float:
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
-@torch.no_grad()
-def decoder_error(rows: int) -> float:
-    """A few layers, a prompt that has crossed the window, then tokens one at a time, in float32."""
-    config = HymbaConfig(
+def small_config() -> HymbaConfig:
+    """A few layers, with all that layers have."""
+    return HymbaConfig(
         vocab_size=1000, d_model=320, n_layers=4, n_heads=5, n_kv_heads=1, d_ff=512, dt_rank=20, n_meta=16, window=64,
         global_layers=(0, 3), kv_groups=((1, 2),), max_length=512, rope="default", rope_original_length=None,
     )  # fmt: skip
+
+
+def step_error(dtype: str) -> float:
+    """Loss and gradients of a training step, all of them as one vector."""
+    _take_kernels_of_large_sizes()
     torch.manual_seed(0)
     with GPU:
-        model = Hymba(config).eval()
-        ids = torch.randint(1, config.vocab_size, (rows, 90))
+        model = Hymba(small_config())
+        ids = torch.randint(1, 1000, (2, 150))
+
+    def gradients(type: torch.dtype) -> list[Tensor]:
+        model.zero_grad()
+        loss = model.to(type)(ids, labels=ids)
+        loss.backward()
+        return [loss.detach().float(), *(p.grad.float().clone() for p in model.parameters())]
+
+    model.to(getattr(torch, dtype))  # the rounded weights are those of both
+    ours = gradients(getattr(torch, dtype))
+    with ops.use_backend("reference"):
+        right = gradients(torch.float32)
+    ours, right = (torch.cat([x.flatten() for x in xs]) for xs in (ours, right))
+    return float((ours - right).norm() / right.norm())
+
+
+@torch.no_grad()
+def decoder_error(rows: int) -> float:
+    """A prompt that has crossed the window, then tokens one at a time, in float32."""
+    torch.manual_seed(0)
+    with GPU:
+        model = Hymba(small_config()).eval()
+        ids = torch.randint(1, 1000, (rows, 90))
     with ops.use_backend("reference"):
         right = model(ids)
     cache = model.new_cache(rows, 128)
@@ -132,6 +163,7 @@ def _one_compiler() -> None:
 def check() -> dict[str, float]:
     """Relative errors by name. Raises `UserError` for one that rounding does not explain."""
     jobs = {f"{name}, {dtype}": (operation_error, dtype, name) for dtype in TOLERANCE for name in operations()}
+    jobs |= {f"training step, {dtype}": (step_error, dtype) for dtype in TOLERANCE}
     jobs |= {f"graph decoder, {rows} rows": (decoder_error, rows) for rows in (1, 3)}
     workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
     errors = {}
@@ -140,7 +172,12 @@ def check() -> dict[str, float]:
         for name, job in running.items():
             error = errors[name] = job.result()
             print(f"  {name:36} {error:.1e}", flush=True)
-            tolerance = TOLERANCE.get(name.rpartition(" ")[2], DECODER_TOLERANCE)
+            kind = name.rpartition(" ")[2]
+            tolerance = (
+                TOLERANCE[kind]
+                if jobs[name][0] is operation_error
+                else STEP_TOLERANCE.get(kind, STEP_TOLERANCE["float32"])
+            )
             if not error < tolerance:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(f"{name} is wrong on this GPU: relative error {error:.1e}; please report this")

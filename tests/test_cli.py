@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -601,6 +602,28 @@ def test_bench_gpu_compares_the_best_of_each():
         "Mamba": {"throughput": 0.5, "cache": 0.5},
     }  # fmt: skip
     assert compared(report | {"decode": "OutOfMemoryError: "}) == {}
+
+
+def _three_and(end: str):
+    yield from range(3)
+    if end == "fails":
+        raise ValueError("no fourth")
+    if end == "waits":
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("end", "seconds", "error"),
+    [("", 300, None), ("fails", 300, "ValueError no fourth"), ("waits", 20, "longer than 20 s")],
+)
+def test_what_a_peer_gave_is_kept_however_it_ends(end, seconds, error):
+    from hymba.bench.gpu.measure import apart
+
+    got = []
+    with pytest.raises((RuntimeError, TimeoutError), match=error) if error else nullcontext():
+        for x in apart(seconds, _three_and, end):
+            got.append(x)
+    assert got == [0, 1, 2]
 
 
 def test_bench_gpu_goes_on_after_a_section_that_failed(monkeypatch, capsys):

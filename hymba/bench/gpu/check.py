@@ -86,11 +86,13 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
     }  # fmt: skip
 
 
-def _take_kernels_of_large_sizes() -> None:
+def _take_kernels_of_large_sizes(attention: bool = True) -> None:
     from hymba.ops import gpu
     from hymba.ops.gpu import scan_cuda, slices
 
-    gpu.FEW = scan_cuda.LEAST = slices.LEAST = 0
+    scan_cuda.LEAST = slices.LEAST = 0
+    if attention:
+        gpu.FEW = 0
 
 
 def operation_error(dtype: str, name: str) -> float:
@@ -116,8 +118,9 @@ def small_config() -> HymbaConfig:
 
 
 def step_error(dtype: str) -> float:
-    """Loss and gradients of a training step, all of them as one vector."""
-    _take_kernels_of_large_sizes()
+    """Loss and gradients of a training step, all of them as one vector. In float32 attention is plain PyTorch's at this
+    size: compiling FlexAttention takes longer than all other checks."""
+    _take_kernels_of_large_sizes(attention=False)
     torch.manual_seed(0)
     with GPU:
         model = Hymba(small_config())

@@ -3,9 +3,10 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
@@ -86,12 +87,40 @@ def largest(batch: int, measure: Callable[[int], dict]) -> dict:
         batch //= 2
 
 
-def apart(seconds: float, work: Callable, *arguments: object) -> object:
-    """work(*arguments) in a process of its own: what fails there while a graph is captured spoils nothing here. Raises
-    `TimeoutError` when it takes longer."""
+def apart(seconds: float, work: Callable[..., Iterable], *arguments: object) -> Iterator:
+    """What `work(*arguments)` yields, from a process of its own: what fails there while a graph is captured spoils
+    nothing here. Raises `TimeoutError` when it takes longer, and `RuntimeError` for what it raised."""
     free()
-    with get_context("spawn").Pool(1) as pool:  # which ends the process
-        return pool.apply_async(work, arguments).get(seconds)
+    end, context = time.perf_counter() + seconds, get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, work, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while ours.poll(max(0.0, end - time.perf_counter())):
+            over, value = ours.recv()
+            if over and value:
+                raise RuntimeError(value)
+            if over:
+                return
+            yield value
+        raise TimeoutError(f"it took longer than {seconds:.0f} s")
+    except EOFError:
+        raise RuntimeError("its process ended") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(pipe: Connection, work: Callable[..., Iterable], arguments: tuple) -> None:
+    """(False, value) for each value, then (True, what failed or "")"""
+    failed = ""
+    try:
+        for value in work(*arguments):
+            pipe.send((False, value))
+    except Exception as error:
+        failed = f"{type(error).__name__} {str(error)[:300]}"
+    pipe.send((True, failed))
 
 
 def by_importance(batches: list[int]) -> list[int]:

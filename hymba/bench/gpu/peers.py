@@ -7,7 +7,7 @@ operations; so do their prompts.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
@@ -19,12 +19,8 @@ from hymba.bench.gpu.measure import GPU, apart, by_importance, captured, free, l
 from hymba.bench.gpu.models import CONTEXT, STEPS
 from hymba.bench.peers.shapes import SHAPES, Shape
 
-PEERS = (
-    "llama-3b",
-    "llama-1b",
-    "mamba",
-    "falcon-h1",
-)  # the last one's operators are tuned for minutes when first called
+# the last one's operators are tuned for minutes when they are first called
+PEERS = ("llama-3b", "llama-1b", "mamba", "falcon-h1")
 # tokens of Mamba's prompt where it falls back to a loop over time, whose cost a token does not depend on the length
 LOOPED = 256
 OPERATORS = ("mamba_ssm", "causal_conv1d")
@@ -45,11 +41,16 @@ def peers(batches: list[int], deadline: float) -> dict[str, dict]:
     for i, key in enumerate(PEERS):
         # the time left is divided among those that are left
         left = deadline - time.perf_counter()
-        shape = SHAPES[key]
+        share, shape = left / (len(PEERS) - i), SHAPES[key]
+        table = tables[shape.name] = {"decode": [], "prefill": None}
         try:
-            tables[shape.name] = apart(left, _peer, shape, batches, left / (len(PEERS) - i))
+            for what, row in apart(min(left, 2 * share), _peer, shape, batches, share):
+                if what == "decode":
+                    table["decode"].append(row)
+                else:
+                    table["prefill"] = row
         except Exception as error:  # one peer must not cost the others
-            print(f"  {shape.name} failed: {type(error).__name__} {str(error)[:300]}", flush=True)
+            print(f"  {shape.name} ended: {error}", flush=True)
     return tables
 
 
@@ -62,16 +63,16 @@ def _installed(name: str) -> bool:
 
 
 @torch.no_grad()
-def _peer(shape: Shape, batches: list[int], seconds: float) -> dict:
+def _peer(shape: Shape, batches: list[int], seconds: float) -> Iterator[tuple[str, dict]]:
+    """After `seconds` nothing new is begun."""
     import transformers
 
     deadline = time.perf_counter() + seconds
     transformers.logging.set_verbosity_error()
     model = _model(shape)
-    table: dict[str, object] = {"decode": [], "prefill": None}
-    fits = max(batches)
+    fits, done = max(batches), set()
     for i, batch in enumerate(by_importance(batches)):
-        if batch > fits or batch in (row["batch"] for row in table["decode"]):
+        if batch > fits or batch in done:
             continue  # a larger one was halved to this, or to less
         if i > 0 and time.perf_counter() > deadline:
             print(f"  {shape.name}, batch {batch}: left out, its time is up")
@@ -79,12 +80,12 @@ def _peer(shape: Shape, batches: list[int], seconds: float) -> dict:
         row = largest(batch, lambda batch: _decode(shape, model, batch))
         fits = fits if row["batch"] == batch else row["batch"]
         print(f"  {shape.name}, decode at 8K: {shown(row)}", flush=True)
-        table["decode"].append(row)
+        done.add(row["batch"])
+        yield "decode", row
         free()
-        if i == 0:  # what decides came first
-            table["prefill"] = _prefill(shape, model)
-            free()
-    return table
+        if i == 0 and (row := _prefill(shape, model)):  # what decides came first
+            yield "prefill", row
+        free()
 
 
 def _model(shape: Shape) -> nn.Module:

@@ -2,9 +2,10 @@
 scan of enough rows in bfloat16, or in float32 without gradients, and the matrix-vector products of decoding on cards
 since Hopper are in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
-Every kernel is a PyTorch operator (`torch.ops.hymba_gpu`), so `torch.compile` takes the model whole. A file for each
-family says what it computes, how it is tiled and what is float32: scan, conv, norm, flash and flex (attention), decode,
-elementwise, loss; step is a decoding step of the CUDA graph.
+What `torch.compile` meets is PyTorch's own, or an operator (`torch.ops.hymba_gpu`), so it takes the model whole. A file
+for each family says what it computes, how it is tiled and what is float32: scan, conv, norm, flash and flex (attention;
+blocks and join stand before them), decode, elementwise, loss; slices lets kernels write gradients where they belong;
+step is a decoding step of the CUDA graph.
 """
 
 from collections.abc import Sequence

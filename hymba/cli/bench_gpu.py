@@ -29,11 +29,11 @@ SECTIONS = ("check", "kernels", "decode", "prefill", "train", "operators", "peer
 def gpu(sections: tuple[str, ...], batches: tuple[int, ...], seconds: float, file: str | None) -> None:
     """Check the kernels for GPUs on this card, and time them, decoding, prefill and training of random weights.
 
-    First every operation and a step of decoding are compared with the reference. Then kernels are held against the
-    limits of the card; Hymba-1.5B decodes from filled caches of 8K tokens and reads prompts; the three sizes are
-    trained; the operators that the released code needs run beside ours, where they are installed; and transformers,
-    if it is installed, decodes with the shapes of Llama-3.2-3B and 1B, Falcon-H1-1.5B and Mamba-1.4B. What fails costs
-    a line, not the run. Ends with one JSON line.
+    First every operation, a step of decoding and one of training are compared with the reference. Then kernels are
+    held against the limits of the card; Hymba-1.5B decodes from filled caches of 8K tokens and reads prompts; the
+    three sizes are trained; the operators that the released code needs run beside ours, where they are installed; and
+    transformers, if it is installed, decodes with the shapes of Llama-3.2-3B and 1B, Falcon-H1-1.5B and Mamba-1.4B.
+    What fails costs a line, not the run. Ends with one JSON line.
     """
     from hymba.bench.gpu import suite
 

@@ -648,3 +648,18 @@ def test_recomputed_blocks_have_the_same_gradients(monkeypatch):
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*results, strict=True):
         assert_near(b, a, FP32, "gradient")
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (1, 2), (0, 2)])
+def test_frozen_inputs_of_a_gated_mlp_get_no_gradient(frozen):
+    torch.manual_seed(0)
+    inputs = on_device([randn(2, 7, 20), randn(33, 20), randn(33, 20)])
+    results = []
+    for backend in (gpu, reference):
+        leaves = [x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+        backend.gated_linear(*leaves).sum().backward()
+        results.append([x.grad for x in leaves])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert (a is None) == (b is None) == (i in frozen)
+        if a is not None:
+            assert_near(a, b, FP32, "gradient")

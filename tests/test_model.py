@@ -329,3 +329,18 @@ def test_padding_takes_no_room_in_a_cache():
     with pytest.raises(UserError, match="22 tokens do not fit"):
         model(ids, attention_mask=mask, cache=cache)
     assert cache.lengths.tolist() == [5, 3]
+
+
+def test_projections_with_hooks_are_called():
+    """Fast paths look past a projection only when its weight is all there is to it."""
+    model, called = tiny_model(), []
+    block = model.blocks[0]
+    for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.heads.mamba.x_proj):
+        linear.register_forward_hook(lambda module, given, y: called.append(module) or 2 * y)
+    ids = random_ids(1, 4)
+    changed = model(ids)
+    assert {block.mlp.gate_proj, block.mlp.up_proj, block.heads.mamba.x_proj} == set(called)
+    for linear in set(called):
+        linear._forward_hooks.clear()
+        linear.weight.data *= 2
+    torch.testing.assert_close(model(ids), changed)

@@ -17,7 +17,7 @@ LayerListener = Callable[[int, str, dict[str, Any], Any], None]
 
 @contextmanager
 def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
-    """Report the operations of all blocks on text; those on the meta tokens, which are read first, are left out."""
+    """Report the operations of all blocks on text; those on the meta tokens are left out."""
     current: int | None = None
 
     def enter(layer: int) -> Callable[[nn.Module, tuple], None]:

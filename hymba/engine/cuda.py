@@ -14,6 +14,7 @@ from hymba.errors import UserError
 from hymba.model.attention import QK_NORM_EPS
 from hymba.model.cache import HymbaCache
 from hymba.model.hymba import Block, Hymba
+from hymba.model.plain import is_plain
 from hymba.visibility import KeyValue
 
 
@@ -30,9 +31,8 @@ def supports(model: Hymba, kind: str | None = None) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "the GPU kernels need the package `triton`"
-    plain = [module for module in model.modules() if type(module) is nn.Linear]
-    if len(plain) != sum(isinstance(module, nn.Linear) for module in model.modules()):
-        return "quantised or adapted weights are decoded step by step"
+    if not all(is_plain(module) for module in model.modules() if isinstance(module, nn.Linear)):
+        return "quantised or adapted weights, and such with hooks, are decoded step by step"
     return None
 
 

@@ -98,6 +98,8 @@ class LLM:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = Hymba.from_pretrained(folder, device=device, dtype=dtype)
+        if model.meta_tokens.is_cuda:
+            torch.cuda.set_device(model.meta_tokens.device)  # where Triton launches its kernels
         if quantize is not None and quantisation(model) != quantize:
             quantize_(model, quantize)
         tokenizer = Tokenizer.from_pretrained(folder)

@@ -27,9 +27,10 @@ from hymba.model.attention import Attention
 from hymba.model.cache import KINDS, CachedLayer, HymbaCache, LayerState, fingerprint
 from hymba.model.layout import Layout, Rope
 from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
-from hymba.model.mamba import Mamba, Mamba2, is_plain
+from hymba.model.mamba import Mamba, Mamba2
 from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
+from hymba.model.plain import is_plain
 from hymba.visibility import KeyValue
 
 
@@ -242,7 +243,8 @@ class Hymba(nn.Module):
         if cache is None:
             before = torch.zeros(1, dtype=torch.int64, device=device)
             after = before + T if lengths is None else lengths
-            recording = self.meta_tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+            on_gpu = self.meta_tokens.is_cuda and not torch.compiler.is_compiling()
+            recording = on_gpu and torch.cuda.is_current_stream_capturing()
             past = (self._meta_beside if recording else self._meta_layers)(M + after)
         else:
             used = int(cache.lengths.max())
@@ -294,7 +296,9 @@ class Hymba(nn.Module):
 
         Layer by layer, each just before the text's: the backward pass issues operations in the reverse of this order,
         and where one hands a gradient to the other stream, that stream waits for all that was issued before. Weights
-        are first used here, so their gradients are added up in this branch, and the text never waits for it.
+        are first used here, so their gradients are added up in this branch, and the text never waits for it. Casts that
+        autocast keeps are made here and read by the text, too: for the last time before it hands over the gradient
+        that this branch waits for, so their memory is not given away too early.
         """
         text, meta = torch.cuda.current_stream(), torch.cuda.Stream()
         meta.wait_stream(text)
@@ -317,7 +321,10 @@ class Hymba(nn.Module):
         for plan, block, state in zip(self.config.layers, self.blocks, past, strict=True):
             arguments = (x, layout, state, shared.get(plan.producer), dropout)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, sources, conv, ssm = checkpoint(block, *arguments, use_reentrant=False)
+                # only dropout draws random numbers, whose state a CUDA graph that is being recorded does not tell
+                x, sources, conv, ssm = checkpoint(
+                    block, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0
+                )
             else:
                 x, sources, conv, ssm = block(*arguments)
             shared[plan.index] = sources

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hymba import ops
+from hymba.model.plain import is_plain
 
 # tokens whose logits are held at a time: at 32001 entries, 131 MB in float32; a GPU is filled by more
 CHUNK, GPU_CHUNK = 1024, 4096
@@ -27,7 +28,7 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tens
     head: as `nn.Linear`, hidden: (T, D), targets: (T,) int64, -100 where there is none -> float32 scalar
     """
     # a head that is not just a product (quantised, adapted, sharded by hooks) is called, and called again backwards
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    if not is_plain(head):
 
         def total(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")

@@ -13,6 +13,7 @@ from hymba import ops
 from hymba.config import HymbaConfig
 from hymba.model.layout import Layout
 from hymba.model.norm import RMSNorm
+from hymba.model.plain import is_plain
 
 # range of softplus(dt bias) at initialisation (Mamba, section 3.6)
 DT_MIN, DT_MAX = 1e-3, 1e-1
@@ -121,11 +122,6 @@ class Mamba2(nn.Module):
             ssm_state.unflatten(1, (heads, -1)), layout.starts, layout.lengths,
         )  # fmt: skip
         return self.norm(y.flatten(2)), after, state.flatten(1, 2)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a projection is its weight and nothing else: neither quantised nor adapted."""
-    return type(module) is nn.Linear
 
 
 def _init_conv(weight: Tensor, bias: Tensor) -> None:

@@ -31,8 +31,10 @@ class Recorded:
         self.graph = torch.cuda.CUDAGraph()
         # another thread places the next rows on the device meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = loss(self.rows)
-            self.loss.backward()
+            value = loss(self.rows)
+            value.backward()
+        # without its graph, which would keep the places where gradients are added up, and their stream, for good
+        self.loss = value.detach()
         self.gradients = [parameter.grad for parameter in parameters]
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -42,7 +44,7 @@ class Recorded:
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
-        return self.loss.detach()
+        return self.loss
 
     def _forget_gradients(self) -> None:
         for parameter in self.parameters:

@@ -140,7 +140,7 @@ def heads(x: Tensor, count: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.shape[-1] % 2:
         return reference.rotate(x, cos, sin)
     return rotate_forward(x, cos, sin)
 
@@ -161,7 +161,7 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     if not needs_grad(x, gate, up):
         return gated_silu_forward(F.linear(x, gate), F.linear(x, up))
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return GatedLinear.apply(x.to(dtype), gate.to(dtype), up.to(dtype))
+    return GatedLinear.apply(x.to(dtype), gate, up)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

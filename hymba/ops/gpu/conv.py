@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.gpu.common import INTERPRET, add_up, library_op, rows_contiguous, sigmoid, silu, strides
+from hymba.ops.gpu.common import INTERPRET, add_up, library_op, rows_contiguous, sigmoid, silu, state_row, strides
 from hymba.ops.gpu.slices import place_of
 
 # channels of a program, steps whose loads are under way together, steps of a part at most and at least
@@ -220,10 +220,6 @@ def _parts(x: Tensor) -> tuple[tuple[int, int, int], int]:
     return (blocks, triton.cdiv(T, steps), rows), steps
 
 
-def _row(state: Tensor) -> int:
-    return 0 if state.shape[0] == 1 else state.stride(0)
-
-
 @library_op("conv_forward")
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Tensor | None) -> Tensor:
     """age: (B, T) int32, see `_ages` -> (B, T, E)"""
@@ -233,7 +229,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, age: Te
     programs, steps = _parts(x)
     _forward_kernel[programs](
         x, weight, bias, state, x if age is None else age, y,
-        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), steps,
+        T, E, x.stride(0), x.stride(1), state_row(state), state.stride(1), steps,
         K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, num_warps=1,
     )  # fmt: skip
     return y
@@ -263,7 +259,7 @@ def _gradients(x, weight, bias, state, age, dy, beside, dx):
     dstate = torch.empty(rows, 1, K - 1, E, **f32) if age is None else torch.zeros(rows, programs[1], K - 1, E, **f32)
     _backward_kernel[programs](
         x, weight, bias, state, x if age is None else age, dy, other, dx, dstate, dsums,
-        T, E, x.stride(0), x.stride(1), _row(state), state.stride(1), *strides(dy, other, dx), steps,
+        T, E, x.stride(0), x.stride(1), state_row(state), state.stride(1), *strides(dy, other, dx), steps,
         K=K, GROUP=GROUP, BE=LANES, AGES=age is not None, BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
     if state.shape[0] == 1:

@@ -159,8 +159,8 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate, up):
-        z, v = F.linear(x, gate), F.linear(x, up)
-        ctx.save_for_backward(x, gate, up, z, v)
+        z, v = (F.linear(x, weight.to(x.dtype)) for weight in (gate, up))
+        ctx.save_for_backward(x, gate, up, z, v)  # the weights as they are: copies in another type would stay till then
         return gated_silu_forward(z, v)
 
     @staticmethod
@@ -171,5 +171,11 @@ class GatedLinear(torch.autograd.Function):
         both = torch.empty(*z.shape[:-1], 2 * width, dtype=z.dtype, device=z.device)
         _gated_backward_into(z, v, dy, both[..., :width], both[..., width:])
         both, rows = both.flatten(0, -2), x.flatten(0, -2)
-        dx = (both @ torch.cat((gate, up))).view_as(x)
-        return dx, *(half.T @ rows for half in both.split(width, dim=-1))
+        wanted, dx = ctx.needs_input_grad, None
+        if wanted[0]:
+            weights = z.new_empty(2 * width, x.shape[-1])
+            weights[:width].copy_(gate)
+            weights[width:].copy_(up)
+            dx = (both @ weights).view_as(x)
+        halves = zip(both.split(width, dim=-1), (gate, up), wanted[1:], strict=True)
+        return dx, *((half.T @ rows).to(weight.dtype) if learns else None for half, weight, learns in halves)

@@ -1,4 +1,4 @@
-"""Attention of many queries in 16 bits, with gradients (FlashAttention-2, Dao, arXiv 2307.08691).
+"""Attention of many queries in 16 bits, in training and for prompts (FlashAttention-2, Dao, arXiv 2307.08691).
 
 Forward: a program has a block of queries of one head and walks over blocks of keys with a running softmax; it leaves
 the logarithm of the sum (base 2). Backward, without atomics: first the queries' gradients in the same walk, which also
@@ -60,8 +60,16 @@ def plan(device: torch.device) -> Plan:
 
 def supports(q: Tensor, sources: Sequence[KeyValue]) -> bool:
     sizes = q.shape[3], sources[0].v.shape[3]
+    values = [source.v for source in sources]
+    # 32 bits count the numbers of a row: outputs, and what projections left
+    far = max(q.shape[1] * q.shape[2] * sizes[1], *(x.shape[2] * x.stride(2) for x in (q, *values)))
     able = INTERPRET or torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return able and q.dtype.itemsize == 2 and all(size <= most for size, most in zip(sizes, LARGEST, strict=True))
+    return (
+        able
+        and q.dtype.itemsize == 2
+        and far < 2**31
+        and all(size <= most for size, most in zip(sizes, LARGEST, strict=True))
+    )
 
 
 def attention(

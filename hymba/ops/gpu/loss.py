@@ -50,7 +50,7 @@ def _kernel(logits, targets, losses, V, row_step, ignored, LINES: tl.constexpr, 
         x = tl.load(logits + first + lane, mask=first + lane < V, other=float("-inf")).to(tl.float32) * LOG2E
         top, total = _seen(x, top, total)
     highest = tl.max(top, axis=0)
-    lse = highest + tl.log2(tl.sum(tl.where(total > 0, total * tl.exp2(top - highest), 0.0), axis=0))
+    lse = highest + tl.log2(tl.sum(tl.where(total != 0, total * tl.exp2(top - highest), 0.0), axis=0))
     at_target = tl.load(logits + tl.where(counts, target, 0)).to(tl.float32) * LOG2E
     tl.store(losses + row, tl.where(counts, (lse - at_target) / LOG2E, 0.0))
     tl.debug_barrier()  # the target's logit was read by all before it is overwritten

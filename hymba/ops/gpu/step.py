@@ -543,7 +543,7 @@ def branches(
 
 @triton.jit
 def _begin_kernel(
-    ids, embedding, lengths, tokens, now, x, positions0, positions1, slots0, slots1, n_meta, D, BLOCK: tl.constexpr
+    ids, embedding, lengths, tokens, now, x, positions0, positions1, slots0, slots1, n_meta, V, D, BLOCK: tl.constexpr
 ):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
     token = tl.load(lengths + row)
@@ -554,7 +554,9 @@ def _begin_kernel(
     tl.store(now + row, token + n_meta)
     for d in range(0, D, BLOCK):
         real = d + i < D
-        tl.store(x + row * D + d + i, tl.load(embedding + word * D + d + i, mask=real), mask=real)
+        known = real & (word >= 0) & (word < V)  # or else NaN, which nobody takes for a number
+        vector = tl.load(embedding + word * D + d + i, mask=known, other=float("nan"))
+        tl.store(x + row * D + d + i, vector, mask=real)
     _place(token, positions0 + row * slots0, slots0, n_meta, BLOCK)
     _place(token, positions1 + row * slots1, slots1, n_meta, BLOCK)
 
@@ -579,7 +581,7 @@ def begin(
     (B, D), one, two = (ids.shape[0], embedding.shape[1]), positions[0], positions[-1]
     x = embedding.new_empty(B, D)
     _begin_kernel[(B,)](
-        ids, embedding, lengths, tokens, now, x, one, two, one.shape[1], two.shape[1], n_meta, D, BLOCK=2048,
-        num_warps=16,
+        ids, embedding, lengths, tokens, now, x, one, two, one.shape[1], two.shape[1], n_meta, embedding.shape[0], D,
+        BLOCK=2048, num_warps=16,
     )  # fmt: skip
     return x

@@ -80,6 +80,8 @@ class CachedLayer:
     lengths: Tensor  # (B,) tokens of each row before this call
     used: int  # the longest row before this call
     n_meta: int
+    # of rings of one size the same in all layers of a call: made once, and masks that are made of them, too
+    positions: dict[tuple[bool, int, int], Tensor]
 
     def extend(self, new: KeyValue, lengths: Tensor | None) -> tuple[KeyValue, ...]:
         """Store new keys and values, and return all that the new tokens may see.
@@ -93,10 +95,10 @@ class CachedLayer:
         if T == 1 or self.used + T <= slots:
             # nothing that the new tokens see is overwritten: store first, then read the store alone
             self._store(coded, count)
-            sources.append(self._stored(self.lengths + count, min(self.used + T, slots), dtype))
+            sources.append(self._stored(count, min(self.used + T, slots), dtype))
         else:
             if self.used:
-                old = self._stored(self.lengths, min(self.used, slots), dtype)
+                old = self._stored(None, min(self.used, slots), dtype)
                 if self.k_scale is None:  # the store itself, which is written below
                     old = old._replace(k=old.k.clone(), v=old.v.clone())
                 sources.append(old)
@@ -114,9 +116,13 @@ class CachedLayer:
         (k, k_scale), (v, v_scale) = quantise(new.k), quantise(new.v)
         return k, v, k_scale, v_scale
 
-    def _stored(self, lengths: Tensor, slots: int, dtype: torch.dtype) -> KeyValue:
-        """What the first `slots` slots hold."""
-        positions = stored_positions(lengths, self.k.shape[2], self.n_meta)[:, :slots]
+    def _stored(self, count: Tensor | None, slots: int, dtype: torch.dtype) -> KeyValue:
+        """What the first `slots` slots hold before this call, or with `count` tokens of it in each row."""
+        key = count is not None, self.k.shape[2], slots
+        positions = self.positions.get(key)
+        if positions is None:
+            lengths = self.lengths if count is None else self.lengths + count
+            positions = self.positions[key] = stored_positions(lengths, key[1], self.n_meta)[:, :slots]
         k, v = self.k[:, :, :slots], self.v[:, :, :slots]
         if self.k_scale is not None:
             k, v = (expand(x, s[:, :, :slots], dtype) for x, s in ((k, self.k_scale), (v, self.v_scale)))
@@ -293,12 +299,17 @@ class HymbaCache:
         kv = {f"{name}.{i}": x[row, :, :length] for name, store in self.stores.items() for i, x in store.items()}
         return {**kv, "conv": self.conv[:, row], "ssm": self.ssm[:, row]}
 
-    def layer(self, plan: LayerPlan, lengths: Tensor, used: int) -> CachedLayer:
-        """One layer's part, for a call; lengths and used: of the rows before the call, on the model's device."""
-        i = plan.index
-        conv, ssm = (x[self.recurrent[i]] if plan.recurs else None for x in (self.conv, self.ssm))
-        stores = (store.get(i) for store in self.stores.values())
-        return CachedLayer(conv, ssm, self.meta[i].meta, *stores, lengths, used, self.config.n_meta)
+    def layers(self, lengths: Tensor, used: int) -> list[CachedLayer]:
+        """Each layer's part, for a call; lengths and used: of the rows before the call, on the model's device."""
+        positions: dict[tuple[bool, int, int], Tensor] = {}
+
+        def layer(plan: LayerPlan) -> CachedLayer:
+            i = plan.index
+            conv, ssm = (x[self.recurrent[i]] if plan.recurs else None for x in (self.conv, self.ssm))
+            stores = (store.get(i) for store in self.stores.values())
+            return CachedLayer(conv, ssm, self.meta[i].meta, *stores, lengths, used, self.config.n_meta, positions)
+
+        return [layer(plan) for plan in self.config.layers]
 
 
 def fingerprint(config: HymbaConfig, weights: list[Tensor]) -> str:

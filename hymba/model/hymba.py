@@ -250,7 +250,7 @@ class Hymba(nn.Module):
             used = int(cache.lengths.max())
             before = cache.lengths.to(device)
             after = before + (T if lengths is None else lengths)
-            past = [cache.layer(plan, before, used) for plan in self.config.layers]
+            past = cache.layers(before, used)
         positions = before[:, None] + torch.arange(T, device=device)
         starts = None
         if document_ids is not None:

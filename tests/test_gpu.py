@@ -415,7 +415,7 @@ def test_attention_of_queries_that_see_nothing():
 def test_lists_of_blocks(case, window):
     torch.manual_seed(0)
     positions, documents, where, owners = on_device(queries_and_keys(case))
-    mask = flash.make_mask(positions, tuple(where), documents, owners and tuple(owners), window, 20)
+    mask = flash.make_mask(positions, tuple(where), documents, owners and tuple(owners), window, 20, True)
     of_forward, of_queries, of_keys = flash.plan(DEVICE)
     for tiles, lists in ((of_forward, mask.forward), (of_queries, mask.queries), (of_keys, mask.keys)):
         some, full = blocks.touched(mask.at, window, 20, tiles.queries, tiles.keys)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, Places, places
-from hymba.ops.gpu.common import INTERPRET, LOG2E, rows_contiguous
+from hymba.ops.gpu.common import INTERPRET, LOG2E, needs_grad, rows_contiguous
 from hymba.ops.gpu.flex import joined
 from hymba.visibility import EMPTY, KeyValue
 
@@ -84,7 +84,8 @@ def attention(
     k, v = joined(sources, q.shape[0], q.dtype)
     where = tuple(source.positions for source in sources)
     owners = None if documents is None else tuple(source.documents for source in sources)
-    mask = make_mask(positions, where, documents, owners, NO_WINDOW if window is None else window, n_meta)
+    window = NO_WINDOW if window is None else window
+    mask = make_mask(positions, where, documents, owners, window, n_meta, needs_grad(q, k, v))
     return Attention.apply(q, k, v, mask, scale)
 
 
@@ -397,20 +398,20 @@ class Mask(NamedTuple):
     window: int
     n_meta: int
     forward: Tensor
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor | None  # where gradients are wanted
+    keys: Tensor | None
 
 
 @lru_cache(maxsize=8)  # tensors are keys by identity; nobody writes to a call's positions
 def make_mask(
     positions: Tensor, where: tuple[Tensor, ...], documents: Tensor | None, owners: tuple[Tensor | None, ...] | None,
-    window: int, n_meta: int,
+    window: int, n_meta: int, learns: bool,
 ) -> Mask:  # fmt: skip
-    """As `flex.block_mask`: the same for all layers with this window."""
+    """As `flex.block_mask`: the same for all layers with this window. learns: the backward kernels' lists, too"""
     at = places(positions, where, documents, owners)
     forward, queries, keys = plan(positions.device)
-    lists = (_lists(at, window, n_meta, *x) for x in ((forward, False), (queries, False), (keys, True)))
-    return Mask(at, window, n_meta, *lists)
+    of_backward = (_lists(at, window, n_meta, *x) if learns else None for x in ((queries, False), (keys, True)))
+    return Mask(at, window, n_meta, _lists(at, window, n_meta, forward, False), *of_backward)
 
 
 def _lists(at: Places, window: int, n_meta: int, tiles: Tiles, of_keys: bool) -> Tensor:

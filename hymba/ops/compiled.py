@@ -4,13 +4,14 @@ Eager code does not come this way, because an operator costs 17 us more per call
 than a `torch.autograd.Function` where a gradient is wanted (measured; a small model makes hundreds of calls a step).
 """
 
+from functools import partial
 from typing import List, Sequence  # noqa: UP035 (PyTorch 2.6 knows no others in an operator's signature)
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from hymba.ops import native
+from hymba.ops import native, reference
 from hymba.ops.reference import (  # noqa: F401  the compiler fuses them
     cross_entropy_,
     gated_linear,
@@ -119,9 +120,7 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _conv_forward(x, weight, bias, state, starts)
 
 
-def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
-    y = causal_conv(x, weight, bias, state, starts)
-    return y, y
+branch_conv = partial(reference.branch_conv, conv=causal_conv)
 
 
 # ---- norms
@@ -197,14 +196,8 @@ def _mean_grad(ctx, gy):
 _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    x = x if added is None else x + added
-    return rms_norm(x, weight, eps), x
-
-
-def split_norms(x, weights, eps) -> tuple[Tensor, ...]:
-    slices = x.split([weight.shape[0] for weight in weights], dim=-1)
-    return tuple(rms_norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+branch_norm = partial(reference.branch_norm, norm=rms_norm)
+split_norms = partial(reference.split_norms, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

@@ -8,6 +8,7 @@ reaches them through `torch.autograd.Function`; code under `torch.compile` throu
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -212,9 +213,7 @@ def causal_conv(x, weight, bias, state, starts=None) -> Tensor:
     return _Conv.apply(*inputs) if needs_grad(*inputs[:4]) else conv_forward(*inputs)
 
 
-def branch_conv(x, weight, bias, state, starts=None) -> tuple[Tensor, Tensor]:
-    y = causal_conv(x, weight, bias, state, starts)
-    return y, y
+branch_conv = partial(reference.branch_conv, conv=causal_conv)
 
 
 # ---- norms
@@ -329,14 +328,8 @@ class _Mean(torch.autograd.Function):
         return (*mean_backward(*ctx.saved_tensors, ctx.eps, gy), None)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    x = x if added is None else x + added
-    return rms_norm(x, weight, eps), x
-
-
-def split_norms(x, weights, eps) -> tuple[Tensor, ...]:
-    slices = x.split([weight.shape[0] for weight in weights], dim=-1)
-    return tuple(rms_norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+branch_norm = partial(reference.branch_norm, norm=rms_norm)
+split_norms = partial(reference.split_norms, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

@@ -38,22 +38,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
-def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def branch_norm(
+    x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None, *, norm: Callable[..., Tensor] = rms_norm
+) -> tuple[Tensor, Tensor]:
     """RMSNorm in front of a branch with a residual beside it.
 
-    x: (..., D), added: (..., D), what the branch before gave, if there was one -> normed sum, and the sum
+    x: (..., D), added: (..., D), what the branch before gave, if there was one; norm: a backend's own
+    -> normed sum, and the sum
     """
     x = x if added is None else x + added
-    return rms_norm(x, weight, eps), x
+    return norm(x, weight, eps), x
 
 
-def split_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+def split_norms(
+    x: Tensor, weights: Sequence[Tensor], eps: float, *, norm: Callable[..., Tensor] = rms_norm
+) -> tuple[Tensor, ...]:
     """RMSNorm of each slice of the last dimension.
 
-    x: (..., sum of widths), weights: (width,) each -> (..., width) each
+    x: (..., sum of widths), weights: (width,) each, norm: a backend's own -> (..., width) each
     """
     slices = x.split([weight.shape[0] for weight in weights], dim=-1)
-    return tuple(rms_norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+    return tuple(norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
 
 
 def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
@@ -88,10 +93,12 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: 
 
 
 def branch_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`causal_conv` in front of a branch: its output for the branch, and once more for what stands beside it"""
-    y = causal_conv(x, weight, bias, state, starts)
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None, *,
+    conv: Callable[..., Tensor] = causal_conv,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`causal_conv` in front of a branch: its output for the branch, and once more for what stands beside it. conv: a
+    backend's own"""
+    y = conv(x, weight, bias, state, starts)
     return y, y
 
 

@@ -27,6 +27,7 @@ from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_
 
 from hymba.ops import chunked, gpu, reference  # noqa: E402
 from hymba.ops.gpu import blocks, cuda, decode, flash, flex, gemv_cuda, scan_cuda, slices, step  # noqa: E402
+from hymba.ops.gpu.join import joined  # noqa: E402
 from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
@@ -171,7 +172,7 @@ def test_scan_in_cuda(cuda_on_cpu, B, T, E, options):
     assert_as_reference("selective_scan", inputs, [torch.bfloat16])
 
 
-@pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="for machines without a GPU, with g++")
+@needs_emulator
 def test_scan_in_cuda_writes_the_gradient_of_a_slice(cuda_on_cpu, monkeypatch):
     monkeypatch.setattr(slices, "LEAST", 0)
     torch.manual_seed(0)
@@ -452,7 +453,7 @@ def test_joined_keys(rows):
     at = torch.arange(M + T)[None]
 
     def join(meta_k, meta_v, k, v):
-        return flex.joined([KeyValue(meta_k, meta_v, at[:, :M]), KeyValue(k, v, at[:, M:])], B, k.dtype)
+        return joined([KeyValue(meta_k, meta_v, at[:, :M]), KeyValue(k, v, at[:, M:])], B, k.dtype)
 
     def expected(*inputs):
         return tuple(torch.cat([x.expand(B, -1, -1, -1), y], 2) for x, y in zip(inputs[:2], inputs[2:], strict=True))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, Places, places
 from hymba.ops.gpu.common import INTERPRET, LOG2E, needs_grad, rows_contiguous
-from hymba.ops.gpu.flex import joined
+from hymba.ops.gpu.join import joined
 from hymba.visibility import EMPTY, KeyValue
 
 NOBODY = tl.constexpr(EMPTY)

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, chosen_first, places, touched
 from hymba.ops.gpu.common import needs_grad
-from hymba.ops.gpu.join import Join
+from hymba.ops.gpu.join import joined
 from hymba.visibility import KeyValue
 
 LEAST = 16  # width of a head that the compiled kernel takes
@@ -49,16 +49,6 @@ def attention(
     # training has one shape, prompts have any
     flex = _joined_heads if compiling else _compiled(dynamic=not needs_grad(q, k, v))
     return flex(q, k, v, mask, scale, k.shape[1] != H, dv)
-
-
-def joined(sources: Sequence[KeyValue], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of all sources -> (rows, G, S, dk), (rows, G, S, dv)"""
-    keys, values = ([source[i].to(dtype) for source in sources] for i in (0, 1))
-    if len(sources) == 1:
-        return tuple(x[0].expand(rows, -1, -1, -1) for x in (keys, values))
-    if len(sources) == 2 and keys[1].shape[0] == rows and not torch.compiler.is_compiling():  # meta tokens and a text
-        return Join.apply(keys[0], values[0], keys[1], values[1])
-    return tuple(torch.cat([x.expand(rows, -1, -1, -1) for x in parts], dim=2) for parts in (keys, values))
 
 
 def _joined_heads(q, k, v, mask, scale, grouped, dv):

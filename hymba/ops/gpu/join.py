@@ -1,14 +1,19 @@
-"""Keys and values of meta tokens and of a text in one tensor each, as a Triton kernel, for attention in blocks.
+"""Keys and values from several places in one tensor each, for attention in blocks: those of meta tokens and of a text
+by a Triton kernel.
 
 Tiling: a program copies a block of positions of one group of heads, both keys and values. Backward nothing is copied:
 the text's gradients are a part of those that come, and the meta tokens' a sum over rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hymba.ops.gpu.common import INTERPRET, rows_contiguous
+from hymba.visibility import KeyValue
 
 BLOCK = 8 if INTERPRET else 64
 
@@ -64,3 +69,13 @@ class Join(torch.autograd.Function):
         B, _, M, _ = ctx.shape
         meta = [x[:, :, :M] if B > 1 else x[:, :, :M].sum(0, keepdim=True) for x in gradients]
         return *meta, *(x[:, :, M:] for x in gradients)
+
+
+def joined(sources: Sequence[KeyValue], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of all sources -> (rows, G, S, dk), (rows, G, S, dv)"""
+    keys, values = ([source[i].to(dtype) for source in sources] for i in (0, 1))
+    if len(sources) == 1:
+        return tuple(x[0].expand(rows, -1, -1, -1) for x in (keys, values))
+    if len(sources) == 2 and keys[1].shape[0] == rows and not torch.compiler.is_compiling():  # meta tokens and a text
+        return Join.apply(keys[0], values[0], keys[1], values[1])
+    return tuple(torch.cat([x.expand(rows, -1, -1, -1) for x in parts], dim=2) for parts in (keys, values))

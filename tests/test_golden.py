@@ -21,7 +21,7 @@ def golden(case: str) -> tuple[Hymba, dict[str, Tensor]]:
 
 
 class Watch:
-    """What a module returns in a forward pass: in its first call for the meta tokens, in its second for the text.
+    """What a module returns in a forward pass; heads are called first for the meta tokens, then for the text.
 
     replace: (1, M + T, D) read in place of what the module is given
     """
@@ -37,13 +37,12 @@ class Watch:
     def _before(self, module, arguments):
         if self._replace is None:
             return None
-        first = self._replace.shape[1] - arguments[0].shape[1] if self.outputs else 0
-        return self._replace[:, first : first + arguments[0].shape[1]], *arguments[1:]
+        return self._replace[0], *arguments[1:]
 
-    def joined(self, pick=lambda output: output, dim: int = 1) -> Tensor:
+    def joined(self, pick=lambda output: output) -> Tensor:
         """Meta tokens and text together, as the official implementation has them."""
         meta, text = map(pick, self.outputs)
-        return torch.cat([meta, text], dim=dim)
+        return torch.cat([meta, text], dim=1)
 
     def __enter__(self):
         return self
@@ -66,7 +65,7 @@ def test_hidden_states(case):
     watched = [Watch(block) for block in model.blocks]
     *_, (last, _) = model.layer_outputs(ids)
     embeddings = torch.cat([model.meta_tokens, model.embedding(ids[0])])
-    layers = [embeddings, *(watch.joined(lambda output: output[0])[0] for watch in watched)]
+    layers = [embeddings, *(sum(watch.outputs[0][:2]) for watch in watched)]
     for watch in watched:
         watch.__exit__()
     assert_close(layers[-1][model.config.n_meta :], last[0])
@@ -100,14 +99,14 @@ def test_block_internals(case, layer):
         Watch(heads.mamba) as mamba,
     ):
         model.hidden(expected["input_ids"][:1])
-    assert_close(whole.joined(lambda output: output[0]), expected[f"{block}_output"])
+    [(output, read, conv, ssm)] = whole.outputs
+    assert_close(output, expected[f"{block}_output"][0])
     if f"{block}_attn_out" in expected:
         assert_close(attention.joined(), expected[f"{block}_attn_out"])
         assert_close(mamba.joined(lambda output: output[0]), expected[f"{block}_scan_out"])
-    # in both passes the new keys are the last that are read
-    assert_close(whole.joined(lambda output: output[1][-1].k, dim=2), expected[f"{block}_key"])
-    assert_close(whole.joined(lambda output: output[1][-1].v, dim=2), expected[f"{block}_value"])
-    _, _, conv, ssm = whole.outputs[-1]
+    # in both parts the new keys are the last that are read
+    assert_close(torch.cat([sources[-1].k for sources in read], dim=2), expected[f"{block}_key"])
+    assert_close(torch.cat([sources[-1].v for sources in read], dim=2), expected[f"{block}_value"])
     assert_close(conv, newest_inputs(expected[f"{block}_conv_state"]))
     assert_close(ssm, expected[f"{block}_ssm_state"])
 

@@ -181,7 +181,7 @@ def test_scan_in_cuda_writes_the_gradient_of_a_slice(cuda_on_cpu, monkeypatch):
 
     def scan(ops):
         def call(wide, *inputs):
-            other, gate = ops.split(wide, (16, 40))
+            ((other, gate),) = ops.split(wide.flatten(0, 1), (16, 40), [(2, 19)])
             return other.exp(), *ops.selective_scan(*inputs[:7], gate, inputs[7])
 
         return call
@@ -206,7 +206,7 @@ def test_conv_of_few_steps(T, K):
 
 @pytest.mark.parametrize("readers", [1, 2])
 def test_split(readers, monkeypatch):
-    """A convolution and a rotation write gradients into that of the whole; another reader's are added."""
+    """A convolution and a rotation of the last part write gradients into that of the whole; others are added."""
     monkeypatch.setattr(slices, "LEAST", 0)
     written = []
     monkeypatch.setattr(
@@ -217,16 +217,18 @@ def test_split(readers, monkeypatch):
     angles = randn(1, 1, 21, 2).repeat(1, 1, 1, 2)
 
     def read(x, *conv, ops):
-        a, b, c, _ = ops.split(x, (5, 8, 12, 3))  # one that nobody reads
+        # some that nobody reads
+        (_, before, _, _), (a, b, c, _) = ops.split(x, (5, 8, 12, 3), [(1, 6), (2, 21)])
         cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
-        y = [a.exp(), *ops.branch_conv(b, *conv), ops.rotate(ops.heads(c, 3), cos, sin)]
+        y = [a.exp(), *ops.branch_conv(b, *conv), *ops.branch_conv(before, *conv)]
+        y.append(ops.rotate(ops.heads(c, 3), cos, sin))
         return (*y, b * 2, *ops.branch_conv(b, *conv)) if readers == 2 else tuple(y)
 
-    inputs = [randn(2, 21, 28), randn(8, 4), randn(8), randn(1, 3, 8)]
+    inputs = [randn(48, 28), randn(8, 4), randn(8), randn(1, 3, 8)]
     expected = run(lambda *x: read(*x, ops=reference), inputs)
     for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
         assert_near(a.cpu(), b, FP32, "split")
-    assert sorted(written) == [1] * readers + [2]
+    assert sorted(written) == [5] * readers + [6]
 
 
 def test_norms():
@@ -235,7 +237,7 @@ def test_norms():
     assert_as_reference("rms_norm", [x, v, 1e-6])
     assert_as_reference("branch_norm", [x, v, 1e-6])
     assert_as_reference("branch_norm", [x, v, 1e-6, y])
-    assert_as_reference("mean_of_norms", [x, y, v, w, 1e-6])
+    assert_as_reference("mean_of_norms", [[x[:1, :4], y], [y[:1, :4], x], v, w, 1e-6])
 
     def slices(ops):
         return lambda x, *weights: ops.split_norms(x, weights, 1e-6)
@@ -489,7 +491,7 @@ def assert_gemv(rows: int, K: int, dtype: torch.dtype, tolerance: float) -> None
     check("squared ReLU", torch.relu(W @ normed).square(), norm=v, eps=1e-6, squared_relu=True)
     squares = torch.cat([a.square().view(2, -1).sum(1), torch.zeros(1), b.square().sum()[None]])
     other = (b * n2).to(dtype), squares, 2
-    mean = W @ reference.mean_of_norms(a, b, n, n2, 1e-6) + r
+    mean = W @ reference.mean_of_norms([a[None, None]], [b[None, None]], n, n2, 1e-6)[0] + r
     check("mean", mean, (a * n).to(dtype), eps=1e-6, mean_with=other, residual=residual)
 
 

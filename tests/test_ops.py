@@ -70,13 +70,15 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def run(function, inputs, dtype=None):
     """Outputs and the gradients of all float inputs for fixed, random gradients of the outputs.
 
-    inputs: tensors, lists of `KeyValue`, others; dtype: cast the float tensors to it first.
+    inputs: tensors, lists of them or of `KeyValue`, others; dtype: cast the float tensors to it first.
     """
     leaves = []
 
     def leaf(x):
         if isinstance(x, list):
-            return [KeyValue(*map(leaf, source)) for source in x]
+            return [leaf(y) for y in x]
+        if isinstance(x, KeyValue):
+            return KeyValue(*map(leaf, x))
         if isinstance(x, Tensor) and x.is_floating_point():
             x = (x if dtype is None else x.to(dtype)).detach().requires_grad_()
             leaves.append(x)
@@ -126,7 +128,9 @@ def assert_as_reference(backend, tolerance: float, name: str, make, *arguments) 
 
 def _bf16(x):
     if isinstance(x, list):
-        return [KeyValue(*map(_bf16, source)) for source in x]
+        return [_bf16(y) for y in x]
+    if isinstance(x, KeyValue):
+        return KeyValue(*map(_bf16, x))
     return x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
@@ -302,7 +306,8 @@ def head_norm_inputs(*weight):
 
 
 def mean_inputs(E):
-    return [randn(2, 3, E), randn(2, 3, E), randn(E), randn(E), 1e-6]
+    attn, ssm = ([randn(1, 4, E), randn(2, 3, E)] for _ in range(2))  # meta tokens and a text
+    return [attn, ssm, randn(E), randn(E), 1e-6]
 
 
 @pytest.mark.parametrize(
@@ -427,7 +432,7 @@ def test_bit_equal_from_run_to_run_and_forward_for_any_threads(monkeypatch):
     cases = [
         (native.selective_scan, scan_inputs(2, 100, 80, 16)),
         (native.causal_conv, [randn(2, 50, 90), randn(90, 4), randn(90), randn(1, 3, 90), None]),
-        (native.mean_of_norms, [randn(2, 9, 70), randn(2, 9, 70), randn(70), randn(70), 1e-6]),
+        (native.mean_of_norms, mean_inputs(70)),
         (native.attention, attention_inputs(1, 10, 5, 90, 16, 32, 8, 30)),
         (native.attention, attention_inputs(1, 10, 5, 1, 16, 32, 8, None, cached=1300)),
     ]
@@ -457,7 +462,7 @@ def test_operators_of_compiled_code_are_the_kernels():
         "selective_scan": scan_inputs(2, 40, 20, 4),
         "causal_conv": [randn(2, 5, 9), randn(9, 4), randn(9), randn(1, 3, 9), None],
         "rms_norm": [randn(2, 3, 9), randn(9), 1e-6],
-        "mean_of_norms": [randn(2, 9, 7), randn(2, 9, 7), randn(7), randn(7), 1e-6],
+        "mean_of_norms": mean_inputs(7),
         "attention": attention_inputs(2, 4, 2, 30, 8, 16, 3, 9),
     }
     for name, inputs in cases.items():

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from hymba import ops
+from hymba.model.attention import Attention
 from hymba.model.hymba import Hymba
 from hymba.model.layout import Layout
+from hymba.model.mamba import Mamba, Mamba2
 
 # called with the layer, the operation's name, its arguments by name (see `hymba.ops`), and what it returned
 LayerListener = Callable[[int, str, dict[str, Any], Any], None]
@@ -17,11 +19,11 @@ LayerListener = Callable[[int, str, dict[str, Any], Any], None]
 
 @contextmanager
 def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
-    """Report the operations of all blocks on text; those on the meta tokens are left out."""
+    """Report the operations of all heads on text; those on the meta tokens are left out."""
     current: int | None = None
 
     def enter(layer: int) -> Callable[[nn.Module, tuple], None]:
-        def hook(block: nn.Module, arguments: tuple) -> None:
+        def hook(heads: nn.Module, arguments: tuple) -> None:
             nonlocal current
             layout = next(x for x in arguments if isinstance(x, Layout))
             current = layer if int(layout.positions[0, 0]) >= model.config.n_meta else None
@@ -34,7 +36,12 @@ def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
             for listener in listeners:
                 listener(current, name, arguments, output)
 
-    hooks = [block.register_forward_pre_hook(enter(layer)) for layer, block in enumerate(model.blocks)]
+    hooks = [
+        heads.register_forward_pre_hook(enter(layer))
+        for layer, block in enumerate(model.blocks)
+        for heads in block.heads.modules()
+        if isinstance(heads, Attention | Mamba | Mamba2)
+    ]
     try:
         with ops.observe(hear):
             yield

@@ -217,7 +217,7 @@ class _Graph:
         dt = F.linear(gpu.rms_norm(low[:, : c.dt_rank], mamba.dt_norm.weight, c.norm_eps), mamba.dt_weight)
         step.scan_step(low, u, dt, *recurrence, ssm)
         main.wait_stream(self.side)
-        mean = gpu.mean_of_norms(attn, ssm, heads.attn_norm.weight, heads.ssm_norm.weight, c.norm_eps)
+        mean = gpu.mean_of_norms([attn], [ssm], heads.attn_norm.weight, heads.ssm_norm.weight, c.norm_eps)
         x = x + F.linear(mean, heads.out_proj.weight)
         return x + block.mlp(gpu.rms_norm(x, block.mlp_norm.weight, c.norm_eps))
 

@@ -5,14 +5,16 @@ the same blocks (`mixers.py`). Legend:
 
     B batch, T time, D model width, E inner width, A width of the attention output
     H query heads, G key/value heads, dk, dv head sizes, N SSM state per channel, K conv width
-    M meta tokens, V vocabulary
+    M meta tokens, V vocabulary, R = M + B T tokens of a pass
 
 Meta tokens stand in front of every input but depend on none, so they are read once for a whole batch, and what they
 leave in each layer (keys, values, conv and SSM state) is where every row, and every document of a packed row, begins:
-the "learned initialisation" of cache and state that the paper describes (section 2.3).
+the "learned initialisation" of cache and state that the paper describes (section 2.3). They and the text go through a
+layer together, as two parts of one list of tokens: only heads take them one after the other.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +30,14 @@ from hymba.model.cache import KINDS, CachedLayer, HymbaCache, LayerState, finger
 from hymba.model.layout import Layout, Rope
 from hymba.model.loss import IGNORED_LABEL, head_cross_entropy
 from hymba.model.mamba import Mamba, Mamba2
-from hymba.model.mixers import AttentionHeads, Mamba2Heads, MambaHeads
+from hymba.model.mixers import AttentionHeads, Heads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.model.plain import is_plain
+from hymba.ops.reference import rows_of
 from hymba.visibility import KeyValue
 
 
-class HybridHeads(nn.Module):
+class HybridHeads(Heads):
     """Attention heads and Mamba heads read the same token side by side (paper, section 2.1)."""
 
     def __init__(self, config: HymbaConfig, plan: LayerPlan):
@@ -53,24 +56,17 @@ class HybridHeads(nn.Module):
         self.ssm_norm = RMSNorm(E, eps=config.norm_eps)
         self.out_proj = nn.Linear(A + E if self.concat else E, D, bias=False)
 
-    def forward(
-        self, x: Tensor, layout: Layout, past: LayerState | CachedLayer, shared: tuple[KeyValue, ...] | None
-    ) -> tuple[Tensor, tuple[KeyValue, ...], Tensor, Tensor]:
-        """x: (B, T, D), shared: the producer's keys and values, in a layer that makes none
+    def inputs(self, q, *others):
+        *kv, u, gate = others  # one projection feeds both
+        return q, kv, (u, gate)
 
-        -> (B, T, D), the keys and values that were read, conv state, SSM state
-        """
-        q, *kv, u, gate = ops.split(self.in_proj(x), self.widths)  # one projection feeds both
-        sources = self.attention.sources(kv, layout, past, shared)
-        attn = self.attention(q, layout, sources)  # (B, T, A)
-        ssm, conv_state, ssm_state = self.mamba(u, gate, layout, past.conv, past.ssm)  # (B, T, E)
+    def fuse(self, attn, ssm):
         # the branches live on different scales, so each gets its norm before the mean
         if self.concat:
-            y = torch.cat([self.attn_norm(attn), self.ssm_norm(ssm)], dim=-1)  # (B, T, A + E)
-        else:
-            attn = attn.repeat(1, 1, self.repeats) if self.repeats > 1 else attn  # (B, T, E)
-            y = ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
-        return self.out_proj(y), sources, conv_state, ssm_state
+            return torch.cat([self.attn_norm(rows_of(attn)), self.ssm_norm(rows_of(ssm))], dim=-1)  # (R, A + E)
+        if self.repeats > 1:
+            attn = [x.repeat(1, 1, self.repeats) for x in attn]  # (B, T, E)
+        return ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
 
 
 # what a layer mixes tokens with, by its name in `HymbaConfig.mixers`
@@ -111,18 +107,31 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        layout: Layout,
+        added: Tensor | None,
+        layouts: Sequence[Layout],
         past: LayerState | CachedLayer,
-        shared: tuple[KeyValue, ...] | None,
+        shared: Sequence[tuple[KeyValue, ...]] | None,
         dropout: float = 0.0,
-    ) -> tuple[Tensor, tuple[KeyValue, ...] | None, Tensor | None, Tensor | None]:
-        """As `HybridHeads.forward`; None for what heads of one kind do not have. dropout: of both branches' outputs"""
-        normed, x = self.heads_norm.branch(x)
-        y, sources, conv_state, ssm_state = self.heads(normed, layout, past, shared)
+    ) -> tuple[Tensor, Tensor, list[tuple[KeyValue, ...]], Tensor | None, Tensor | None]:
+        """x, added: (R, D) whose sum is the residual stream, which the next norm takes in the same go; None for nothing;
+        dropout: of both branches' outputs for the text, which is the last part; the others as in `Heads.forward`
+
+        -> x and added of the next block, and what the heads return
+        """
+        text = math.prod(layouts[-1].shape)
+        normed, x = self.heads_norm.branch(x, added)
+        y, *found = self.heads(normed, layouts, past, shared)
         if self.has_mlp:
-            normed, x = self.mlp_norm.branch(x, F.dropout(y, dropout))
+            normed, x = self.mlp_norm.branch(x, _drop_last(y, text, dropout))
             y = self.mlp(normed)
-        return x + F.dropout(y, dropout), sources, conv_state, ssm_state
+        return x, _drop_last(y, text, dropout), *found
+
+
+def _drop_last(x: Tensor, count: int, dropout: float) -> Tensor:
+    """x: (R, D) -> the last `count` tokens with dropout"""
+    if not dropout:
+        return x
+    return torch.cat([x[:-count], F.dropout(x[-count:], dropout)])
 
 
 class Hymba(nn.Module):
@@ -219,9 +228,9 @@ class Hymba(nn.Module):
             document_ids = None if document_ids is None else document_ids.gather(1, order)
         # what a cache is given stays there, and would keep the graph of every step alive
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            for x, _ in self.layer_outputs(input_ids, document_ids, lengths, cache):  # noqa: B007
+            for x, added, _ in self._layers(input_ids, document_ids, lengths, cache):  # noqa: B007
                 pass
-            x = self.norm(x)
+            x = self.norm.branch(x, added)[0][-input_ids.numel() :].view(*input_ids.shape, -1)
         if order is not None:
             x = torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
         return x
@@ -238,14 +247,25 @@ class Hymba(nn.Module):
         input_ids, document_ids: (B, T), lengths: (B,) tokens that count, None: all
         -> (B, T, D) the residual stream, and the state of the layer after the last token (None for the embeddings)
         """
-        T = input_ids.shape[1]
+        for x, added, state in self._layers(input_ids, document_ids, lengths, cache):
+            x = x if added is None else x + added
+            yield x[-input_ids.numel() :].view(*input_ids.shape, -1), state
+
+    def _layers(
+        self, input_ids: Tensor, document_ids: Tensor | None, lengths: Tensor | None, cache: HymbaCache | None
+    ) -> Iterator[tuple[Tensor, Tensor | None, LayerState | CachedLayer | None]]:
+        """As `layer_outputs` -> (R, D) twice, the residual stream of all parts as `Block` returns it; the state"""
+        B, T = input_ids.shape
         M, device = self.config.n_meta, input_ids.device
+        dropout = self.dropout if self.training else 0.0
+        layouts, x = [], []
         if cache is None:
             before = torch.zeros(1, dtype=torch.int64, device=device)
             after = before + T if lengths is None else lengths
-            on_gpu = self.meta_tokens.is_cuda and not torch.compiler.is_compiling()
-            recording = on_gpu and torch.cuda.is_current_stream_capturing()
-            past = (self._meta_beside if recording else self._meta_layers)(M + after)
+            past = self._nothing()
+            if M:
+                layouts.append(self._meta_layout(M + after))
+                x.append(self._meta_rows(layouts[0]))
         else:
             used = int(cache.lengths.max())
             before = cache.lengths.to(device)
@@ -259,9 +279,9 @@ class Hymba(nn.Module):
             document_ids = starts.cumsum(1)  # ids may come back: neighbours decide
             positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values
         positions = positions + M
-        layout = Layout(positions, *self.rope(positions, M + after), document_ids, starts, lengths)
-        dropout = self.dropout if self.training else 0.0
-        yield from self._run(F.dropout(self.embedding(input_ids), dropout), layout, past, dropout)
+        layouts.append(Layout((B, T), positions, *self.rope(positions, M + after), document_ids, starts, lengths))
+        x.append(F.dropout(self.embedding(input_ids), dropout).flatten(0, 1))
+        yield from self._run(x[0] if len(x) == 1 else torch.cat(x), layouts, past, dropout)
         if cache is not None:
             cache.lengths.add_(T if lengths is None else lengths.to(cache.lengths.device))
 
@@ -271,70 +291,53 @@ class Hymba(nn.Module):
         lengths: (B or 1,) of the rows with meta tokens, which only matter to rope='dynamic_ntk' -> states of batch 1,
         or of batch B under dynamic_ntk
         """
-        return list(self._meta_layers(lengths))
+        if self.config.n_meta == 0:
+            return self._nothing()
+        layout = self._meta_layout(lengths)
+        _, *layers = self._run(self._meta_rows(layout), [layout], self._nothing())
+        return [state for *_, state in layers]
 
-    def _meta_layers(self, lengths: Tensor) -> Iterator[LayerState]:
+    def _nothing(self) -> list[LayerState]:
+        """What stands in front of everything."""
         c, like = self.config, self.meta_tokens
-        if c.rope != "dynamic_ntk":
-            lengths = lengths[:1]
         conv = like.new_zeros(1, c.d_conv - 1, c.d_conv_inputs)
         ssm = torch.zeros(1, c.d_inner, c.d_state, device=like.device)
-        nothing = [LayerState(conv, ssm, None) if plan.recurs else LayerState(None, None, None) for plan in c.layers]
-        if c.n_meta == 0:
-            yield from nothing
-            return
-        positions = torch.arange(c.n_meta, device=like.device)[None]
-        layout = Layout(positions, *self.rope(positions, lengths))
-        layers = self._run(like.expand(lengths.shape[0], -1, -1), layout, nothing)
-        next(layers)  # the embeddings
-        for _, state in layers:
-            yield state
+        return [LayerState(conv, ssm, None) if plan.recurs else LayerState(None, None, None) for plan in c.layers]
 
-    def _meta_beside(self, lengths: Tensor) -> Iterator[LayerState]:
-        """`meta_states` in a CUDA graph that is being recorded, as a branch of its own: kernels for so few tokens leave
-        most of the card free, and run beside the text's, forward and backward.
+    def _meta_layout(self, lengths: Tensor) -> Layout:
+        """lengths: as in `meta_states`"""
+        if self.config.rope != "dynamic_ntk":
+            lengths = lengths[:1]
+        positions = torch.arange(self.config.n_meta, device=self.meta_tokens.device)[None]
+        return Layout((lengths.shape[0], self.config.n_meta), positions, *self.rope(positions, lengths))
 
-        Layer by layer, each just before the text's: the backward pass issues operations in the reverse of this order,
-        and where one hands a gradient to the other stream, that stream waits for all that was issued before. Weights
-        are first used here, so their gradients are added up in this branch, and the text never waits for it. Casts that
-        autocast keeps are made here and read by the text, too: for the last time before it hands over the gradient
-        that this branch waits for, so their memory is not given away too early.
-        """
-        text, meta = torch.cuda.current_stream(), torch.cuda.Stream()
-        meta.wait_stream(text)
-        layers = self._meta_layers(lengths)
-        for _ in self.blocks:
-            with torch.cuda.stream(meta):
-                state = next(layers)
-            text.wait_stream(meta)
-            for x in (state.conv, state.ssm, *(state.meta or ())):
-                if x is not None:
-                    x.record_stream(text)
-            yield state
+    def _meta_rows(self, layout: Layout) -> Tensor:
+        return self.meta_tokens.repeat(layout.shape[0], 1)
 
     def _run(
-        self, x: Tensor, layout: Layout, past: Iterable[LayerState] | list[CachedLayer], dropout: float = 0.0
-    ) -> Iterator[tuple[Tensor, LayerState | CachedLayer | None]]:
-        """All blocks; what is yielded is described in `layer_outputs`."""
-        yield x, None
-        shared: dict[int, tuple[KeyValue, ...]] = {}  # of the layers that make keys and values
+        self, x: Tensor, layouts: Sequence[Layout], past: list[LayerState] | list[CachedLayer], dropout: float = 0.0
+    ) -> Iterator[tuple[Tensor, Tensor | None, LayerState | CachedLayer | None]]:
+        """All blocks; x: (R, D), past: of the first part -> as `_layers`"""
+        added = None
+        yield x, added, None
+        shared: dict[int, Sequence[tuple[KeyValue, ...]]] = {}  # of the layers that make keys and values
         for plan, block, state in zip(self.config.layers, self.blocks, past, strict=True):
-            arguments = (x, layout, state, shared.get(plan.producer), dropout)
+            arguments = (x, added, layouts, state, shared.get(plan.producer), dropout)
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 # only dropout draws random numbers, whose state a CUDA graph that is being recorded does not tell
-                x, sources, conv, ssm = checkpoint(
+                x, added, sources, conv, ssm = checkpoint(
                     block, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0
                 )
             else:
-                x, sources, conv, ssm = block(*arguments)
+                x, added, sources, conv, ssm = block(*arguments)
             shared[plan.index] = sources
             if isinstance(state, CachedLayer):
                 if plan.recurs:
                     state.conv.copy_(conv)
                     state.ssm.copy_(ssm)
-                yield x, state
+                yield x, added, state
             else:
-                yield x, LayerState(conv, ssm, sources[-1] if plan.produces_kv else None)
+                yield x, added, LayerState(conv, ssm, sources[-1][-1] if plan.produces_kv else None)
 
     def _check(self, input_ids, attention_mask, document_ids, cache) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():

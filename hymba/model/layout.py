@@ -9,8 +9,10 @@ from hymba.config import HymbaConfig
 
 
 class Layout(NamedTuple):
-    """What every layer must know about the tokens of a call. Rows are left-aligned: padding comes last."""
+    """What every layer must know about the tokens of a call, or about the meta tokens in front of them. Rows are
+    left-aligned: padding comes last."""
 
+    shape: tuple[int, int]  # B rows, T tokens of each
     positions: Tensor  # (B or 1, T), counting meta tokens
     cos: Tensor  # (B or 1, 1, T, dk), float32
     sin: Tensor

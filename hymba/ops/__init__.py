@@ -133,7 +133,7 @@ def split_norms(x, weights, eps):
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):
-    return backend(attn).mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps)
+    return backend(attn[0]).mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps)
 
 
 def causal_conv(x, weight, bias, state, starts=None):
@@ -156,8 +156,8 @@ def attention(q, positions, documents, sources, window, n_meta, scale):
     return backend(q).attention(q, positions, documents, sources, window, n_meta, scale)
 
 
-def split(x, widths):
-    return backend(x).split(x, widths)
+def split(x, widths, shapes):
+    return backend(x).split(x, widths, shapes)
 
 
 def heads(x, count):

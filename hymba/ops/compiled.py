@@ -201,7 +201,8 @@ split_norms = partial(reference.split_norms, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:
-    return _mean_forward(attn, ssm, attn_weight, ssm_weight, eps)
+    parts = zip(attn, ssm, strict=True)
+    return reference.rows_of([_mean_forward(a, b, attn_weight, ssm_weight, eps) for a, b in parts])
 
 
 # ---- attention: an operator takes lists of tensors, not of tuples

@@ -333,8 +333,9 @@ split_norms = partial(reference.split_norms, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:
-    inputs = (attn, ssm, attn_weight, ssm_weight)
-    return _Mean.apply(*inputs, eps) if needs_grad(*inputs) else mean_forward(*inputs, eps)
+    learns = needs_grad(*attn, *ssm, attn_weight, ssm_weight)
+    mean = _Mean.apply if learns else mean_forward
+    return reference.rows_of([mean(a, b, attn_weight, ssm_weight, eps) for a, b in zip(attn, ssm, strict=True)])
 
 
 # ---- attention

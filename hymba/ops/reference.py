@@ -61,12 +61,20 @@ def split_norms(
     return tuple(norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
 
 
-def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
+def mean_of_norms(
+    attn: Sequence[Tensor], ssm: Sequence[Tensor], attn_weight: Tensor, ssm_weight: Tensor, eps: float
+) -> Tensor:
     """Fusion of the two branches (paper, equation 3, with the learned magnitudes as norm weights).
 
-    attn, ssm: (B, T, E), weights: (E,) -> (B, T, E)
+    attn, ssm: (B, T, E) of each part of a call, weights: (E,) -> (R, E), all rows of all parts
     """
-    return (rms_norm(attn, attn_weight, eps) + rms_norm(ssm, ssm_weight, eps)) / 2
+    return (rms_norm(rows_of(attn), attn_weight, eps) + rms_norm(rows_of(ssm), ssm_weight, eps)) / 2
+
+
+def rows_of(parts: Sequence[Tensor]) -> Tensor:
+    """One part's rows behind the other's. parts: (B, T, E) each -> (R, E)"""
+    rows = [part.flatten(0, 1) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -235,9 +243,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
 
 
-def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """Slices of the last dimension. x: (..., sum of widths) -> (..., width) each"""
-    return x.split(widths, dim=-1)
+def split(x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+    """Slices of each part of a call.
+
+    x: (R, sum of widths), shapes: (B, T) of the parts whose rows stand one behind the other, R rows together
+    -> for each part its slices, (B, T, width)
+    """
+    parts = x.split([rows * steps for rows, steps in shapes])
+    return [part.unflatten(0, shape).split(widths, dim=-1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def heads(x: Tensor, count: int) -> Tensor:

@@ -66,7 +66,7 @@ def _recurrence(row: Callable, dtype: torch.dtype, B: int, T: int, neighbours: b
     works = {  # forward, what has a gradient, tensors that each direction moves
         "scan": (lambda: backend.selective_scan(u, dt, *rest)[0], (u, dt, z), 4, 7),
         "conv": (lambda: backend.causal_conv(u, *conv), (u,), 2, 3),
-        "mean of norms": (lambda: backend.mean_of_norms(u, dt, w, w, 1e-6), (u, dt), 3, 5),
+        "mean of norms": (lambda: backend.mean_of_norms([u], [dt], w, w, 1e-6), (u, dt), 3, 5),
         "gated SiLU": (lambda: backend.gated_silu(u, dt), (u, dt), 3, 5),
     }
     for name, (forward, leaves, there, back) in works.items():

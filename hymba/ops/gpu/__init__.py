@@ -23,7 +23,7 @@ from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import GatedLinear, gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
-from hymba.ops.gpu.norm import BranchNorm, SplitNorms, mean_of_norms_forward, rms_norm_forward
+from hymba.ops.gpu.norm import BranchNorm, MeanOfNorms, SplitNorms, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
 from hymba.visibility import KeyValue
 
@@ -56,10 +56,12 @@ def split_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tenso
     return SplitNorms.apply(x, eps, *weights)
 
 
-def mean_of_norms(attn: Tensor, ssm: Tensor, attn_weight: Tensor, ssm_weight: Tensor, eps: float) -> Tensor:
+def mean_of_norms(
+    attn: Sequence[Tensor], ssm: Sequence[Tensor], attn_weight: Tensor, ssm_weight: Tensor, eps: float
+) -> Tensor:
     if torch.compiler.is_compiling():  # its neighbours are fused with it
         return reference.mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps)
-    return mean_of_norms_forward(attn, ssm, attn_weight, ssm_weight, eps)
+    return MeanOfNorms.apply(eps, attn_weight, ssm_weight, *attn, *ssm)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -127,10 +129,10 @@ def _attention_kernel(q: Tensor, sources: Sequence[KeyValue], learns: bool) -> M
     return chunked if few else flex
 
 
-def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+def split(x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
     if torch.compiler.is_compiling() or not needs_grad(x):
-        return reference.split(x, widths)
-    return slices.split(x, widths)
+        return reference.split(x, widths, shapes)
+    return slices.split(x, widths, shapes)
 
 
 def heads(x: Tensor, count: int) -> Tensor:
@@ -150,8 +152,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     out, piece = weight.shape[0], 16 // dtype.itemsize
     across, down = -weight.shape[1] % piece, -out % piece
-    if across or down:
-        weight = F.pad(weight, (0, across, 0, down))
+    # here and not by autocast, which would keep it
+    weight = F.pad(weight.to(dtype), (0, across, 0, down))
     return F.linear(F.pad(x, (0, across)) if across else x, weight)[..., :out]
 
 

@@ -11,6 +11,8 @@ share of dw in registers; shares are added outside in a fixed order.
 float32: everything between load and store; x s is rounded to x's dtype before it meets the weight, as in the reference.
 """
 
+from functools import reduce
+
 import torch
 import triton
 import triton.language as tl
@@ -339,54 +341,40 @@ def _slice_tile(widths: list[int]) -> dict[str, int]:
     return {"BR": SLICE_ROWS, **{f"B{i}": triton.next_power_of_2(width) for i, width in enumerate(widths)}}
 
 
-@library_op("mean_of_norms_forward")
-def mean_of_norms_forward(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
-    """a, b: (..., D), weights: (D,)"""
-    y = mean_of_norms_like(a, b, a_weight, b_weight, eps)
-    a, b, tile = _rows(a).contiguous(), _rows(b).contiguous(), _tile(a.shape[-1])
-    rows, D = a.shape
-    _mean_forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
-        a, b, a_weight.contiguous(), b_weight.contiguous(), y, rows, D, eps, **tile
-    )  # fmt: skip
-    return y
+class MeanOfNorms(torch.autograd.Function):
+    """As `reference.mean_of_norms`; parts: all of the one branch, then all of the other"""
 
+    @staticmethod
+    def forward(ctx, eps, a_weight, b_weight, *parts):
+        ctx.eps, ctx.shapes = eps, [x.shape for x in parts]
+        parts = [_rows(x).contiguous() for x in parts]
+        ctx.save_for_backward(a_weight, b_weight, *parts)
+        half, D = len(parts) // 2, a_weight.shape[0]
+        dtype = reduce(torch.promote_types, (x.dtype for x in (parts[0], parts[half], a_weight, b_weight)))
+        y, tile = torch.empty(sum(map(len, parts[:half])), D, dtype=dtype, device=a_weight.device), _tile(D)
+        for a, b, out in zip(parts[:half], parts[half:], y.split([*map(len, parts[:half])]), strict=True):
+            _mean_forward_kernel[(triton.cdiv(len(a), tile["BR"]),)](
+                a, b, a_weight.contiguous(), b_weight.contiguous(), out, len(a), D, eps, **tile
+            )  # fmt: skip
+        return y
 
-@mean_of_norms_forward.register_fake
-def mean_of_norms_like(a, b, a_weight, b_weight, eps):
-    dtype = torch.promote_types(
-        torch.promote_types(a.dtype, b.dtype), torch.promote_types(a_weight.dtype, b_weight.dtype)
-    )
-    return torch.empty(a.shape, dtype=dtype, device=a.device)
-
-
-@library_op("mean_of_norms_backward")
-def mean_of_norms_backward(
-    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
-    a, b, dflat, tile = _rows(a).contiguous(), _rows(b).contiguous(), _rows(dy), _tile(a.shape[-1])
-    rows, D = a.shape
-    programs = min(MEAN_PROGRAMS, triton.cdiv(rows, tile["BR"]))
-    tile["num_warps"] *= 2
-    dw = torch.empty(programs, 2 * D, dtype=torch.float32, device=a.device)
-    _mean_backward_kernel[(programs,)](
-        a, b, a_weight.contiguous(), b_weight.contiguous(), dflat, da, db, dw, rows, D, dflat.stride(0), eps, **tile
-    )  # fmt: skip
-    return da, db, *add_up(dw, a_weight, b_weight)
-
-
-@mean_of_norms_backward.register_fake
-def _(a, b, a_weight, b_weight, eps, dy):
-    return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (a, b, a_weight, b_weight))
-
-
-def _mean_setup(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _mean_backward(ctx, dy):
-    return *torch.ops.hymba_gpu.mean_of_norms_backward(*ctx.saved_tensors, ctx.eps, dy), None
-
-
-mean_of_norms_forward.register_autograd(_mean_backward, setup_context=_mean_setup)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        a_weight, b_weight, *parts = ctx.saved_tensors
+        half, D, dy = len(parts) // 2, a_weight.shape[0], _rows(dy)
+        gradients, tile = [torch.empty_like(x) for x in parts], _tile(D)
+        programs = [min(MEAN_PROGRAMS, triton.cdiv(len(x), tile["BR"])) for x in parts[:half]]
+        tile["num_warps"] *= 2
+        dw = torch.empty(sum(programs), 2 * D, dtype=torch.float32, device=dy.device)
+        each = zip(
+            parts[:half], parts[half:], gradients[:half], gradients[half:], programs, dw.split(programs),
+            dy.split([*map(len, parts[:half])]), strict=True,
+        )  # fmt: skip
+        for a, b, da, db, count, dw_part, dout in each:
+            _mean_backward_kernel[(count,)](
+                a, b, a_weight.contiguous(), b_weight.contiguous(), dout, da, db, dw_part, len(a), D, dout.stride(0),
+                ctx.eps, **tile,
+            )  # fmt: skip
+        gradients = [x.view(shape) for x, shape in zip(gradients, ctx.shapes, strict=True)]
+        return None, *add_up(dw, a_weight, b_weight), *gradients

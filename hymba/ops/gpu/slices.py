@@ -15,15 +15,15 @@ from hymba.ops import reference
 LEAST = 2**22  # elements: of fewer, several copies take longer than one that joins all
 
 
-def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """As `reference.split`"""
+def split(x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+    """As `reference.split`. Slices of the last part have places; those of meta tokens are few, and read twice."""
     if x.numel() < LEAST:
-        return x.split(widths, dim=-1)
-    gradient = _Gradient(x, widths)
+        return reference.split(x, widths, shapes)
+    gradient = _Gradient(x, widths, shapes)
     slices = _Split.apply(x, gradient)
-    for i, piece in enumerate(slices):
-        piece.gradient_place = partial(gradient.place, i)
-    return slices
+    for i in range(len(slices) - len(widths), len(slices)):
+        slices[i].gradient_place = partial(gradient.place, i)
+    return [slices[i : i + len(widths)] for i in range(0, len(slices), len(widths))]
 
 
 def place_of(x: Tensor) -> Callable[[], Tensor | None] | None:
@@ -44,11 +44,15 @@ def _heads_of(x: Tensor | None, count: int) -> Tensor | None:
     return None if x is None else reference.heads(x, count)
 
 
+def _slices(x: Tensor, widths: list[int], shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return tuple(piece for part in reference.split(x, widths, shapes) for piece in part)
+
+
 class _Gradient:
     """The gradient of the whole in the making: allocated for the first slice that asks for its place."""
 
-    def __init__(self, x: Tensor, widths: Sequence[int]):
-        self.widths = list(widths)
+    def __init__(self, x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]):
+        self.slices_of = partial(_slices, widths=list(widths), shapes=list(shapes))
         self.allocate = partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         self.whole: Tensor | None = None
         self.taken: set[int] = set()
@@ -59,17 +63,17 @@ class _Gradient:
         self.taken.add(i)
         if self.whole is None:
             self.whole = self.allocate()
-        return self.whole.split(self.widths, dim=-1)[i]
+        return self.slices_of(self.whole)[i]
 
     def collect(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """gradients: of every slice, None for zero -> of the whole"""
         whole, taken = self.whole, self.taken
         self.whole, self.taken = None, set()
-        places = () if whole is None else whole.split(self.widths, dim=-1)
+        places = () if whole is None else self.slices_of(whole)
         if whole is None or not all(_same(gradients[i], places[i]) for i in taken):
             # nothing was written, or somebody made something else of it, and may still read it
             whole, taken = self.allocate(), set()
-            places = whole.split(self.widths, dim=-1)
+            places = self.slices_of(whole)
         for i, (place, gradient) in enumerate(zip(places, gradients, strict=True)):
             if gradient is None:
                 place.zero_()
@@ -89,7 +93,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx, x, gradient):
         ctx.gradient = gradient
         ctx.set_materialize_grads(False)
-        return x.split(gradient.widths, dim=-1)
+        return gradient.slices_of(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -239,14 +239,27 @@ def test_norms():
     assert_as_reference("branch_norm", [x, v, 1e-6, y])
     assert_as_reference("mean_of_norms", [[x[:1, :4], y], [y[:1, :4], x], v, w, 1e-6])
 
-    def slices(ops):
-        return lambda x, *weights: ops.split_norms(x, weights, 1e-6)
 
-    for dtype, bound in ((torch.float32, FP32), (torch.bfloat16, BF16)):
-        inputs = [x.to(dtype) for x in (randn(2, 7, 50)[..., :41], randn(21), randn(10), randn(10))]
-        expected = run(slices(reference), inputs, torch.float32)
-        for a, b in zip(run(slices(gpu), on_device(inputs)), expected, strict=True):
-            assert_near(a.cpu(), b, bound, f"norms of slices, {dtype}")
+@pytest.mark.parametrize("rank", [3, 16, 21])
+@pytest.mark.parametrize("projects", [True, False])
+def test_selection(rank, projects):
+    torch.manual_seed(0)
+    N, E = 10, 24
+    x = randn(2, 7, 50)[..., : E if projects else rank + 2 * N]
+    norms = randn(rank), randn(N), randn(N)
+    weight = [0.2 * randn(rank + 2 * N, E)] if projects else []
+
+    def select(ops):
+        def call(x, dt_weight, *rest):
+            return ops.selection(x, rest[3] if projects else None, dt_weight, rest[:3], 1e-6)
+
+        return call
+
+    for dtype, bound in ((torch.float32, FP32), (torch.bfloat16, 2 * BF16)):  # what is between products is rounded, too
+        inputs = [x.to(dtype) for x in (x, 0.2 * randn(E, rank), *norms, *weight)]
+        expected = run(select(reference), inputs, torch.float32)
+        for a, b in zip(run(select(gpu), on_device(inputs)), expected, strict=True):
+            assert_near(a.cpu(), b, bound, f"selection, {dtype}")
 
 
 @pytest.mark.parametrize("rows", [1, 2])

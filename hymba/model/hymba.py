@@ -113,7 +113,7 @@ class Block(nn.Module):
         shared: Sequence[tuple[KeyValue, ...]] | None,
         dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor, list[tuple[KeyValue, ...]], Tensor | None, Tensor | None]:
-        """x, added: (R, D) whose sum is the residual stream, which the next norm takes in the same go; None for nothing;
+        """x, added: (R, D), the residual stream is their sum, which a norm takes in the same go; None for no addition;
         dropout: of both branches' outputs for the text, which is the last part; the others as in `Heads.forward`
 
         -> x and added of the next block, and what the heads return

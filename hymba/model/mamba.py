@@ -62,10 +62,10 @@ class Mamba(nn.Module):
         """
         after = conv_tail(conv_state, u, layout.lengths)
         branch, u = ops.branch_conv(u, self.conv_weight, self.conv_bias, conv_state, layout.starts)
-        low = ops.linear(branch, self.x_proj.weight) if is_plain(self.x_proj) else self.x_proj(branch)
+        given = (branch, self.x_proj.weight) if is_plain(self.x_proj) else (self.x_proj(branch), None)
         norms = [norm.weight for norm in (self.dt_norm, self.B_norm, self.C_norm)]
-        dt, B, C = ops.split_norms(low, norms, self.dt_norm.eps)
-        dt = ops.linear(dt, self.dt_weight)  # its bias is added in float32, inside the scan
+        # the bias of dt is added in float32, inside the scan
+        dt, B, C = ops.selection(*given, self.dt_weight, norms, self.dt_norm.eps)
         A = -torch.exp(self.A_log.float())
         y, ssm_state = ops.selective_scan(
             u, dt, self.dt_bias, A, B, C, self.D, gate, ssm_state, layout.starts, layout.lengths

@@ -26,9 +26,11 @@ from hymba.visibility import KeyValue
 
 
 class Heads(nn.Module):
-    """Heads between two projections: `attention`, `mamba`, or both. What a layer does to each token by itself it does to
-    all of them at once, those of meta tokens and text; heads read one part after another, and each begins where the one
-    before it ended."""
+    """Heads between two projections: `attention`, `mamba`, or both.
+
+    What a layer does to each token by itself it does to all of them at once, those of meta tokens and text. Heads read
+    one part after another, and each begins where the one before it ended.
+    """
 
     widths: tuple[int, ...]  # of what `inputs` takes, side by side in the input projection's output
     in_proj: nn.Module

@@ -128,8 +128,8 @@ def branch_norm(x, weight, eps, added=None):
     return backend(x).branch_norm(x, weight, eps, added)
 
 
-def split_norms(x, weights, eps):
-    return backend(x).split_norms(x, weights, eps)
+def selection(x, weight, dt_weight, norms, eps):
+    return backend(x).selection(x, weight, dt_weight, norms, eps)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps):
@@ -176,17 +176,13 @@ def gated_silu(gate, up):
     return backend(gate).gated_silu(gate, up)
 
 
-def linear(x, weight):
-    return backend(x).linear(x, weight)
-
-
 def cross_entropy_(logits, targets, ignored):
     return backend(logits).cross_entropy_(logits, targets, ignored)
 
 
 _NAMES = (
-    "rms_norm", "branch_norm", "split_norms", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd",
-    "attention", "split", "heads", "rotate", "gated_linear", "gated_silu", "linear", "cross_entropy_",
+    "rms_norm", "branch_norm", "selection", "mean_of_norms", "causal_conv", "branch_conv", "selective_scan", "ssd",
+    "attention", "split", "heads", "rotate", "gated_linear", "gated_silu", "cross_entropy_",
 )  # fmt: skip
 for _name in _NAMES:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -24,19 +24,17 @@ from hymba.ops.reference import (
     gated_linear,
     gated_silu,
     heads,
-    linear,
     mean_of_norms,
     rms_norm,
     rotate,
+    selection,
     split,
-    split_norms,
 )
 from hymba.visibility import KeyValue, same_document, visible
 
 __all__ = [
     "attention", "branch_conv", "branch_norm", "causal_conv", "cross_entropy_", "gated_linear", "gated_silu", "heads",
-    "linear", "mean_of_norms", "rms_norm", "rotate", "selective_scan", "split", "split_norms",
-    "ssd",
+    "mean_of_norms", "rms_norm", "rotate", "selection", "selective_scan", "split", "ssd",
 ]  # fmt: skip
 
 # steps of the scan whose states are held at once in the backward pass, (B, SEGMENT, E, N) floats

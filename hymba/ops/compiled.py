@@ -17,7 +17,6 @@ from hymba.ops.reference import (  # noqa: F401  the compiler fuses them
     gated_linear,
     gated_silu,
     heads,
-    linear,
     rotate,
     split,
 )
@@ -197,7 +196,7 @@ _mean_forward.register_autograd(_mean_grad, setup_context=_mean_setup)
 
 
 branch_norm = partial(reference.branch_norm, norm=rms_norm)
-split_norms = partial(reference.split_norms, norm=rms_norm)
+selection = partial(reference.selection, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

@@ -20,7 +20,6 @@ from hymba.ops.reference import (  # noqa: F401  in decoding they are part of ot
     gated_linear,
     gated_silu,
     heads,
-    linear,
     rotate,
     split,
 )
@@ -329,7 +328,7 @@ class _Mean(torch.autograd.Function):
 
 
 branch_norm = partial(reference.branch_norm, norm=rms_norm)
-split_norms = partial(reference.split_norms, norm=rms_norm)
+selection = partial(reference.selection, norm=rms_norm)
 
 
 def mean_of_norms(attn, ssm, attn_weight, ssm_weight, eps) -> Tensor:

@@ -50,15 +50,19 @@ def branch_norm(
     return norm(x, weight, eps), x
 
 
-def split_norms(
-    x: Tensor, weights: Sequence[Tensor], eps: float, *, norm: Callable[..., Tensor] = rms_norm
-) -> tuple[Tensor, ...]:
-    """RMSNorm of each slice of the last dimension.
+def selection(
+    x: Tensor, weight: Tensor | None, dt_weight: Tensor, norms: Sequence[Tensor], eps: float, *,
+    norm: Callable[..., Tensor] = rms_norm,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the scan selects by (Mamba, section 3.2), normed: dt, B and C.
 
-    x: (..., sum of widths), weights: (width,) each, norm: a backend's own -> (..., width) each
+    x: (B, T, E), weight: (rank + 2 N, E), or None where x is its product already, dt_weight: (E, rank), norms: weights
+    of the RMSNorms of dt, B and C, norm: a backend's own -> dt before its bias (B, T, E), B and C (B, T, N)
     """
-    slices = x.split([weight.shape[0] for weight in weights], dim=-1)
-    return tuple(norm(piece, weight, eps) for piece, weight in zip(slices, weights, strict=True))
+    low = x if weight is None else F.linear(x, weight)
+    slices = zip(low.split([w.shape[0] for w in norms], dim=-1), norms, strict=True)
+    dt, B, C = (norm(piece, w, eps) for piece, w in slices)
+    return F.linear(dt, dt_weight), B, C
 
 
 def mean_of_norms(
@@ -256,11 +260,6 @@ def split(x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]) -
 def heads(x: Tensor, count: int) -> Tensor:
     """x: (B, T, count d) -> (B, count, T, d)"""
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Product with a matrix of any widths. x: (..., in), weight: (out, in) -> (..., out)"""
-    return F.linear(x, weight)
 
 
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -61,8 +61,12 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
     return {
         "rms_norm": (lambda b, x, w: b.rms_norm(x, w, 1e-6), [normal(B, T, E), normal(E)]),
         "mean_of_norms": (
-            lambda b, x, y, v, w: b.mean_of_norms([x], [y], v, w, 1e-6), [*(normal(B, T, E) for _ in "xy"), normal(E),
-            normal(E)]
+            lambda b, x, y, v, w: b.mean_of_norms([x[:1, :5], x], [y[:1, :5], y], v, w, 1e-6),
+            [*(normal(B, T, E) for _ in "xy"), normal(E), normal(E)]
+        ),
+        "selection": (
+            lambda b, x, w, dt, *norms: b.selection(x, w, dt, norms, 1e-6),
+            [normal(B, T, E), 0.1 * normal(21 + 2 * N, E), 0.1 * normal(E, 21), normal(21), normal(N), normal(N)],
         ),
         "conv": (lambda b, *x: b.causal_conv(*x), [normal(B, T, E), normal(E, 4), normal(E), normal(1, 3, E)]),
         "conv, documents": (

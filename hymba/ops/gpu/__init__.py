@@ -3,9 +3,9 @@ scan of enough rows in bfloat16, or in float32 without gradients, and the matrix
 since Hopper are in CUDA C++, which the compiler that comes with PyTorch (NVRTC) compiles when it is first called.
 
 What `torch.compile` meets is PyTorch's own, or an operator (`torch.ops.hymba_gpu`), so it takes the model whole. A file
-for each family says what it computes, how it is tiled and what is float32: scan, conv, norm, flash and flex (attention;
-blocks and join stand before them), decode, elementwise, loss; slices lets kernels write gradients where they belong;
-step is a decoding step of the CUDA graph.
+for each family says what it computes, how it is tiled and what is float32: scan and selection, conv, norm, flash and
+flex (attention; blocks and join stand before them), decode, elementwise, loss; slices lets kernels write gradients
+where they belong; step is a decoding step of the CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ from hymba.ops.gpu.conv import FAR, BranchConv, conv_forward
 from hymba.ops.gpu.decode import decode_attention
 from hymba.ops.gpu.elementwise import GatedLinear, gated_silu_forward, rotate_forward
 from hymba.ops.gpu.loss import cross_entropy_  # noqa: F401
-from hymba.ops.gpu.norm import BranchNorm, MeanOfNorms, SplitNorms, rms_norm_forward
+from hymba.ops.gpu.norm import BranchNorm, MeanOfNorms, rms_norm_forward
 from hymba.ops.gpu.scan import scan_forward
+from hymba.ops.gpu.selection import Selection
 from hymba.visibility import KeyValue
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,10 +51,16 @@ def branch_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = No
     return BranchNorm.apply(x, weight, eps, added)
 
 
-def split_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling() or len(weights) != 3:
-        return reference.split_norms(x, weights, eps)
-    return SplitNorms.apply(x, eps, *weights)
+def selection(
+    x: Tensor, weight: Tensor | None, dt_weight: Tensor, norms: Sequence[Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return reference.selection(x, weight, dt_weight, norms, eps)
+    return Selection.apply(x, weight, dt_weight, _product_type(x), eps, *norms)
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def mean_of_norms(
@@ -147,23 +154,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate_forward(x, cos, sin)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows that begin at no multiple of 16 bytes are multiplied by kernels of an older generation: they are padded."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    out, piece = weight.shape[0], 16 // dtype.itemsize
-    across, down = -weight.shape[1] % piece, -out % piece
-    # here and not by autocast, which would keep it
-    weight = F.pad(weight.to(dtype), (0, across, 0, down))
-    return F.linear(F.pad(x, (0, across)) if across else x, weight)[..., :out]
-
-
 def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return reference.gated_linear(x, gate, up)
     if not needs_grad(x, gate, up):
         return gated_silu_forward(F.linear(x, gate), F.linear(x, up))
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return GatedLinear.apply(x.to(dtype), gate, up)
+    return GatedLinear.apply(x.to(_product_type(x)), gate, up)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

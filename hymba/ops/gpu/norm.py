@@ -11,6 +11,7 @@ share of dw in registers; shares are added outside in a fixed order.
 float32: everything between load and store; x s is rounded to x's dtype before it meets the weight, as in the reference.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -112,24 +113,26 @@ def _mean_forward_kernel(a, b, a_weight, b_weight, y, rows, D, eps, BR: tl.const
 
 
 @triton.jit
-def _slice_forward(x, weight, y, r, rows, D, x_row, eps, BD: tl.constexpr):
+def _slice_forward(x, weight, y, r, rows, D, x_row, y_row, eps, BD: tl.constexpr):
+    """Rows of y may be wider: zeros follow"""
     d = tl.arange(0, BD)
     real = (r < rows)[:, None] & (d < D)[None, :]
     w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     n, _ = _normed(tl.load(x + r[:, None] * x_row + d[None, :], mask=real, other=0.0).to(tl.float32), D, eps)
     n = n.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + r[:, None] * D + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=real)
+    inside = (r < rows)[:, None] & (d < y_row)[None, :]
+    tl.store(y + r[:, None] * y_row + d[None, :], (n * w[None, :]).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _slices_forward_kernel(
-    x, w0, w1, w2, y0, y1, y2, rows, D0, D1, D2, x_row, eps,
+    x, w0, w1, w2, y0, y1, y2, rows, D0, D1, D2, x_row, y0_row, eps,
     BR: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
-    _slice_forward(x, w0, y0, r, rows, D0, x_row, eps, B0)
-    _slice_forward(x + D0, w1, y1, r, rows, D1, x_row, eps, B1)
-    _slice_forward(x + D0 + D1, w2, y2, r, rows, D2, x_row, eps, B2)
+    _slice_forward(x, w0, y0, r, rows, D0, x_row, y0_row, eps, B0)
+    _slice_forward(x + D0, w1, y1, r, rows, D1, x_row, D1, eps, B1)
+    _slice_forward(x + D0 + D1, w2, y2, r, rows, D2, x_row, D2, eps, B2)
 
 
 @triton.jit
@@ -147,16 +150,21 @@ def _slice_backward(x, weight, dy, dx, share, r, rows, D, x_row, dy_row, dx_row,
 
 @triton.jit
 def _slices_backward_kernel(
-    x, w0, w1, w2, dy0, dy1, dy2, dx, dw, rows, D0, D1, D2, x_row, dy0_row, dy1_row, dy2_row, eps,
-    BR: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+    x, w0, w1, w2, dy0, dy1, dy2, dx, dw, rows, D0, D1, D2, x_row, dy0_row, dy1_row, dy2_row, dx_row, eps,
+    BR: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
+    """Rows of dx may be wider, by REST at most: zeros follow"""
     s0, s1, s2 = tl.zeros((BR, B0), tl.float32), tl.zeros((BR, B1), tl.float32), tl.zeros((BR, B2), tl.float32)
     D = D0 + D1 + D2
     for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
         r = (first + tl.arange(0, BR)).to(tl.int64)
-        s0 = _slice_backward(x, w0, dy0, dx, s0, r, rows, D0, x_row, dy0_row, D, eps, B0)
-        s1 = _slice_backward(x + D0, w1, dy1, dx + D0, s1, r, rows, D1, x_row, dy1_row, D, eps, B1)
-        s2 = _slice_backward(x + D0 + D1, w2, dy2, dx + D0 + D1, s2, r, rows, D2, x_row, dy2_row, D, eps, B2)
+        s0 = _slice_backward(x, w0, dy0, dx, s0, r, rows, D0, x_row, dy0_row, dx_row, eps, B0)
+        s1 = _slice_backward(x + D0, w1, dy1, dx + D0, s1, r, rows, D1, x_row, dy1_row, dx_row, eps, B1)
+        s2 = _slice_backward(x + D0 + D1, w2, dy2, dx + D0 + D1, s2, r, rows, D2, x_row, dy2_row, dx_row, eps, B2)
+        rest = D + tl.arange(0, REST)
+        nothing = tl.zeros((BR, REST), dx.dtype.element_ty)
+        inside = (r < rows)[:, None] & (rest < dx_row)[None, :]
+        tl.store(dx + r[:, None] * dx_row + rest[None, :], nothing, mask=inside)
     dw += tl.program_id(0) * D
     d0, d1, d2 = tl.arange(0, B0), tl.arange(0, B1), tl.arange(0, B2)
     tl.store(dw + d0, tl.sum(s0, axis=0), mask=d0 < D0)
@@ -306,35 +314,38 @@ class BranchNorm(torch.autograd.Function):
         return dtotal, dweight, None, dtotal if ctx.adds else None
 
 
-class SplitNorms(torch.autograd.Function):
-    """As `reference.split_norms`, of three slices"""
+def slices_forward(
+    x: Tensor, weights: Sequence[Tensor], eps: float, dtypes: Sequence[torch.dtype], width: int
+) -> list[Tensor]:
+    """x: (R, sum of widths or more) -> norm of each of three slices, (R, width of the slice); of the first one, rows of
+    `width`, with zeros behind it"""
+    rows, widths = x.shape[0], [w.shape[0] for w in weights]
+    outs = [
+        torch.empty(rows, n, dtype=dtype, device=x.device)
+        for n, dtype in zip((width, *widths[1:]), dtypes, strict=True)
+    ]
+    _slices_forward_kernel[(triton.cdiv(rows, SLICE_ROWS),)](
+        x, *(w.contiguous() for w in weights), *outs, rows, *widths, x.stride(0), width, eps,
+        **_slice_tile([width, *widths[1:]]),
+    )  # fmt: skip
+    return outs
 
-    @staticmethod
-    def forward(ctx, x, eps, *weights):
-        ctx.save_for_backward(x, *weights)
-        ctx.eps = eps
-        flat, widths = _rows(x), [w.shape[0] for w in weights]
-        outs = [torch.empty(*x.shape[:-1], w.shape[0], dtype=_out_type(x, w), device=x.device) for w in weights]
-        rows = flat.shape[0]
-        _slices_forward_kernel[(triton.cdiv(rows, SLICE_ROWS),)](
-            flat, *(w.contiguous() for w in weights), *outs, rows, *widths, flat.stride(0), eps, **_slice_tile(widths)
-        )  # fmt: skip
-        return tuple(outs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
-        x, *weights = ctx.saved_tensors
-        flat, dflat, widths = _rows(x), [_rows(dy) for dy in gradients], [w.shape[0] for w in weights]
-        rows = flat.shape[0]
-        programs = min(SLICE_PROGRAMS, triton.cdiv(rows, SLICE_ROWS))
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dw = torch.empty(programs, sum(widths), dtype=torch.float32, device=x.device)
-        _slices_backward_kernel[(programs,)](
-            flat, *(w.contiguous() for w in weights), *dflat, dx, dw, rows, *widths, flat.stride(0),
-            *(dy.stride(0) for dy in dflat), ctx.eps, **_slice_tile(widths),
-        )  # fmt: skip
-        return dx, None, *add_up(dw, *weights)
+def slices_backward(
+    x: Tensor, weights: Sequence[Tensor], eps: float, gradients: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """gradients: of each slice -> of x, shaped as x, zeros behind the slices; of the weights"""
+    (rows, width), widths = x.shape, [w.shape[0] for w in weights]
+    gradients = [_rows(dy) for dy in gradients]
+    programs = min(SLICE_PROGRAMS, triton.cdiv(rows, SLICE_ROWS))
+    dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    dw = torch.empty(programs, sum(widths), dtype=torch.float32, device=x.device)
+    _slices_backward_kernel[(programs,)](
+        x, *(w.contiguous() for w in weights), *gradients, dx, dw, rows, *widths, x.stride(0),
+        *(dy.stride(0) for dy in gradients), width, eps, REST=triton.next_power_of_2(max(1, width - sum(widths))),
+        **_slice_tile(widths),
+    )  # fmt: skip
+    return dx, add_up(dw, *weights)
 
 
 def _slice_tile(widths: list[int]) -> dict[str, int]:

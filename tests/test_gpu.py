@@ -28,7 +28,9 @@ from test_ops import FP32, ROUNDED_INSIDE, _bf16, assert_near, randn, run, scan_
 from hymba.ops import chunked, gpu, reference  # noqa: E402
 from hymba.ops.gpu import blocks, cuda, decode, flash, flex, gemv_cuda, scan_cuda, slices, step  # noqa: E402
 from hymba.ops.gpu.join import joined  # noqa: E402
-from hymba.visibility import KeyValue, stored_positions, visible  # noqa: E402
+from hymba.visibility import EMPTY, KeyValue, stored_positions, visible  # noqa: E402
+
+hopper = flash.hopper
 
 BF16 = ROUNDED_INSIDE if ON_GPU else 2 * ROUNDED_INSIDE
 # attention, whose products the interpreter does not know in bfloat16: float16 has three bits more
@@ -424,6 +426,40 @@ def test_attention_of_queries_that_see_nothing():
     y, dq, *others = run(gpu.attention, on_device([q, positions, documents, [source], *rest]))
     assert not y[:, :40].any() and not dq[:, :, :40].any()
     assert all(x.isfinite().all() for x in (y, dq, *others)) and y[:, 40:].any()
+
+
+@pytest.mark.skipif(hopper is None, reason="an older Triton")
+@pytest.mark.parametrize("window", [None, 90])
+def test_attention_on_hopper(window, monkeypatch):
+    """Each row with positions of its own, keys in places that hold none, queries that see nothing"""
+    if not ON_GPU:
+        from emulate_gluon import emulate  # which needs Gluon, as `hopper` does
+
+        emulate(monkeypatch, processors=3)
+        monkeypatch.setattr(hopper, "supports", lambda *inputs: True)
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper card")
+    monkeypatch.setattr(hopper, "_processors", lambda device: 3)
+    torch.manual_seed(0)
+    B, T, H, G, M = 2, 256, 4, 2, 128
+    at = torch.arange(M + T) + torch.tensor([[0], [5]])
+    positions, places = at[:, M:], at.clone()
+    places[1, :192] = EMPTY
+    inputs = [randn(B, n, heads, d).bfloat16() for n, heads, d in ((T, H, 64), (M + T, G, 64), (M + T, G, 128))]
+    dy = randn(B, T, H * 128).bfloat16() * visible(positions, places, window, M).any(-1, keepdim=True)
+
+    def run(attention, device, dtype):
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in inputs)
+        source = KeyValue(k.transpose(1, 2), v.transpose(1, 2), places.to(device))
+        y = attention(q.transpose(1, 2), positions.to(device), None, [source], window, M, 0.125)
+        return [x.cpu().float() for x in (y, *torch.autograd.grad(y, (q, k, v), dy.to(device, dtype)))]
+
+    y, *gradients = run(flash.attention, DEVICE, torch.bfloat16)
+    expected, *others = run(reference.attention, "cpu", torch.float32)
+    blind = ~visible(positions, places, window, M).any(-1)
+    assert blind.any() and not y[blind].any()
+    for a, b in zip((y[~blind], *gradients), (expected[~blind], *others), strict=True):
+        assert_near(a, b, ROUNDED_INSIDE, "")
 
 
 @pytest.mark.parametrize("window", [blocks.NO_WINDOW, 40, 200])

@@ -6,6 +6,8 @@ leaves delta = sum(dO O) of every query; then those of keys and values, where a 
 over the blocks of queries of all heads that read them. There scores are taken transposed, keys by queries, so that
 probabilities go from registers into the next product.
 
+On Hopper cards `hopper` has other kernels for large work of common shape.
+
 As in `flex`, the mask is evaluated on positions, and keys from several places are joined first. Which blocks are
 touched, and which of them need no mask, is listed once for all layers that share a mask, by one kernel for each walk.
 
@@ -25,6 +27,11 @@ from hymba.ops.gpu.blocks import EVERYBODY, NO_WINDOW, Places, places
 from hymba.ops.gpu.common import INTERPRET, LOG2E, needs_grad, rows_contiguous
 from hymba.ops.gpu.join import joined
 from hymba.visibility import EMPTY, KeyValue
+
+try:
+    from hymba.ops.gpu import hopper
+except ImportError:  # an older Triton
+    hopper = None
 
 NOBODY = tl.constexpr(EMPTY)
 ALL = tl.constexpr(EVERYBODY)
@@ -46,9 +53,12 @@ class Plan(NamedTuple):
 
 
 @lru_cache
-def plan(device: torch.device) -> Plan:
+def plan(device: torch.device, on_hopper: bool = False) -> Plan:
     """Small tiles of four warps, so that a multiprocessor has two or three programs: one computes exponentials while
-    another multiplies."""
+    another multiplies. on_hopper: those of `hopper`"""
+    if on_hopper:
+        large = Tiles(hopper.BLOCK, hopper.BLOCK, {})
+        return Plan(large, large, Tiles(hopper.QUERIES, hopper.BLOCK, {}))
     if INTERPRET:
         return Plan(Tiles(32, 16, {}), Tiles(16, 16, {}), Tiles(16, 32, {}))
     small = Tiles(64, 64, {"num_warps": 4, "num_stages": 2})  # fits the shared memory of all cards from Ampere on
@@ -85,7 +95,8 @@ def attention(
     where = tuple(source.positions for source in sources)
     owners = None if documents is None else tuple(source.documents for source in sources)
     window = NO_WINDOW if window is None else window
-    mask = make_mask(positions, where, documents, owners, window, n_meta, needs_grad(q, k, v))
+    on_hopper = hopper is not None and hopper.supports(q, k, v, documents)
+    mask = make_mask(positions, where, documents, owners, window, n_meta, needs_grad(q, k, v), on_hopper)
     return Attention.apply(q, k, v, mask, scale)
 
 
@@ -397,6 +408,7 @@ class Mask(NamedTuple):
     at: Places
     window: int
     n_meta: int
+    on_hopper: bool
     forward: Tensor
     queries: Tensor | None  # where gradients are wanted
     keys: Tensor | None
@@ -405,13 +417,13 @@ class Mask(NamedTuple):
 @lru_cache(maxsize=8)  # tensors are keys by identity; nobody writes to a call's positions
 def make_mask(
     positions: Tensor, where: tuple[Tensor, ...], documents: Tensor | None, owners: tuple[Tensor | None, ...] | None,
-    window: int, n_meta: int, learns: bool,
+    window: int, n_meta: int, learns: bool, on_hopper: bool = False,
 ) -> Mask:  # fmt: skip
     """As `flex.block_mask`: the same for all layers with this window. learns: the backward kernels' lists, too"""
     at = places(positions, where, documents, owners)
-    forward, queries, keys = plan(positions.device)
+    forward, queries, keys = plan(positions.device, on_hopper)
     of_backward = (_lists(at, window, n_meta, *x) if learns else None for x in ((queries, False), (keys, True)))
-    return Mask(at, window, n_meta, _lists(at, window, n_meta, forward, False), *of_backward)
+    return Mask(at, window, n_meta, on_hopper, _lists(at, window, n_meta, forward, False), *of_backward)
 
 
 def _lists(at: Places, window: int, n_meta: int, tiles: Tiles, of_keys: bool) -> Tensor:
@@ -463,6 +475,8 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, tiles: Tiles) -> tup
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """-> y (B, T, H dv), logarithm of the sums (B, H, T)"""
+    if mask.on_hopper:
+        return hopper.forward(q, k, v, mask, scale)
     B, H, T, _ = q.shape
     y = torch.empty(B, T, H * v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
@@ -479,6 +493,8 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor, mask: Mask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v"""
+    if mask.on_hopper:
+        return hopper.backward(q, k, v, y, lse, dy, mask, scale)
     (B, H, T, DK), (_, G, S, _) = q.shape, v.shape
     # heads lie side by side, as those of a projection do
     dq = torch.empty(B, T, H, DK, dtype=q.dtype, device=q.device)

@@ -113,10 +113,6 @@ static void mma4(float* d, uint32_t a0, uint32_t a1, uint32_t b0) {
         return sum;
     });
 }
-static void first_mma4(float* d, uint32_t a0, uint32_t a1, uint32_t b0) {
-    for (int i = 0; i < 4; i++) d[i] = 0;
-    mma4(d, a0, a1, b0);
-}
 struct Quad { uint32_t x[4]; };
 static void mma16(float* d, const uint32_t* a, const uint32_t* b) {
     auto as = gathered(Quad{{a[0], a[1], a[2], a[3]}});

@@ -45,11 +45,6 @@ __device__ inline void mma4(float* d, u32 a0, u32 a1, u32 b0) {
     asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
-// d (16 x 8) = a (16 x 4) b (4 x 8)
-__device__ inline void first_mma4(float* d, u32 a0, u32 a1, u32 b0) {
-    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a0), "r"(a1), "r"(b0), "f"(0.0f));
-}
 // d (16 x 8) += a (16 x 16) b (16 x 8) in bfloat16
 __device__ inline void mma16(float* d, const u32* a, const u32* b) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
@@ -510,14 +505,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
 }
 
 #if TYPE != 0
-enum Sum { UNGATED, DDRIVE, DDELTA };
 struct Shared {
     Stage<4> stages[2];  // of this group and the next
     float4 decays[GROUP][2][THREADS], kept[2][2][THREADS];  // the latter: states in front of this group and the next
-    float4 deltas[WARPS][GROUP / 2][8];  // of two steps each, two channels in the first and in the second
-    float4 sums[3][WARPS][GROUP / 2][8];  // over states; two steps of the first channel, and of the second
-    // of the gradients of B and C, over channels: two steps of states g, and of g + 8
-    float4 parts[2][WARPS][2][GROUP / 2][8];
+    // of steps 2 q and 2 q + 1, at g ^ 2 q, so that lanes use different banks; deltas: of two channels in the first step and
+    // in the second; parts of the gradients of B and C: of state g in both steps, and of state g + 8
+    float4 deltas[WARPS][GROUP / 2][8], parts[2][WARPS][2][GROUP / 2][8];
 };
 
 // Walks backwards. dBC: (chains of a row, 2, rows, T, 16), parts of the gradients of B and C; carry: (chains, 5, threads)
@@ -544,9 +537,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                          end);
         View<4> view(warp, g, q);
         loader.kept();
-        // of products: columns of even and odd steps, and what each lane has of the steps 2 p and 2 p + 1
-        const u32 columns[2] = {only(!(g & 1)), only(g & 1)}, ones[2] = {bits(1.0f) & columns[0], bits(1.0f) & columns[1]};
-        const u32 steps_of[4] = {only(q == 0), only(q == 1), only(q == 2), only(q == 3)};
+        // of second factors: the column of a step, and the row of steps 2 p and 2 p + 1
+        u32 columns[GROUP];
+        for (int i = 0; i < GROUP; i++) columns[i] = only(g == i);
+        const u32 rows_of[4] = {only(q == 0), only(q == 1), only(q == 2), only(q == 3)};
         auto load = [&](int t0, bool whole) {
             u32 number = (u32)t0 / GROUP;
             loader.load(&shared.stages[number & 1], t0, whole);
@@ -585,7 +579,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
             for (int j = 0; j < 2; j++) unpacked(h[j], shared.kept[(u32)t0 / GROUP & 1][j][threadIdx.x]);
             // of two steps and two channels: u, delta, dy times the gate's SiLU, and dy times its slope
             float x[2][2], delta[2][2], gradient[2][2], of_gate[2][2];
-            u32 drive[2][2], b[2][2], c[2][2], with_c[2][2], with_gradient[2][2];
+            u32 drive[2][2], b[2][2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 pair v = view.channels(in, DT, half), w = view.channels(in, U, half);
@@ -602,28 +596,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                     of_gate[half][k] = dout + gradient[half][k] * (1.0f - s);
                 }
             }
-            shared.deltas[warp][q][g] = make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
-            // Sums over states or channels of a step are in one column of a product. Two steps are added up, each with
-            // zeros for the other: the lanes (g, i / 2) then have both.
-            auto masked = [&](u32 (*to)[2], int k, u32 x) { to[0][k] = x & columns[0], to[1][k] = x & columns[1]; };
-            for (int k = 0; k < 2; k++) {
-                masked(with_c, k, view.states(in, C_, g, 8 * k));
-                masked(with_gradient, k, transposed(bf16_pair(gradient[0][k], gradient[1][k])));
-            }
-            auto over_states = [&](float* d, const u32* s, const u32* with, bool first) {
-                if (first) first_mma16(d, s, with);
-                else mma16(d, s, with);
+            shared.deltas[warp][q][g ^ 2 * q] = make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
+            // Sums over states or channels, of a step in its column. All steps are added up, each with zeros in the others'
+            // columns, so that lane (g, q) ends with the sums of steps 2 q and 2 q + 1, and nothing passes through memory.
+            auto over_states = [&](float* d, const u32* s, const u32* with, int i) {
+                u32 column[2] = {with[0] & columns[i], with[1] & columns[i]};
+                mma16(d, s, column);
             };
-            auto over_channels = [&](float* d, const u32* s, const u32* with, bool first) {
+            auto over_channels = [&](float* d, const u32* s, const u32* with, int i) {
                 u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
-                over_states(d, m, with, first);
+                over_states(d, m, with, i);
             };
+            u32 with_c[2] = {view.states(in, C_, g, 0), view.states(in, C_, g, 8)};
             __syncwarp();
             u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
-            float c_sum[4];
             u32 states[GROUP + 1][4];  // in front of each step, and behind the last
-            float4 deltas, ahead = shared.deltas[warp][0][g];  // stores keep the compiler from asking for it earlier
-            float sum[4], part_sum[4];
+            float4 deltas, ahead = shared.deltas[warp][0][g];  // stores to memory keep the compiler from asking for it earlier
+            float ungated[4] = {};
             pack(states[0], h);
 #pragma unroll
             for (int i = 0; i < GROUP; i++) {
@@ -631,31 +620,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                 if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
                 if (!half) {
                     deltas = ahead;
-                    if (i < GROUP - 2) ahead = shared.deltas[warp][i / 2 + 1][g];
+                    if (i < GROUP - 2) ahead = shared.deltas[warp][i / 2 + 1][g ^ (i + 2)];
                 }
                 float a[2][4];
                 my.decay(h, half ? make_float2(deltas.z, deltas.w) : make_float2(deltas.x, deltas.y), a);
                 for (int j = 0; j < 2; j++) {
-                    mma4(h[j], drive[half][0], drive[half][1], b[half][j] & steps_of[i / 2]);
+                    mma4(h[j], drive[half][0], drive[half][1], b[half][j] & rows_of[i / 2]);
                     shared.decays[i][j][threadIdx.x] = packed4(a[j]);
                 }
                 pack(states[i + 1], h);
-                over_states(sum, states[i + 1], with_c[half], !half);
-                if (half && q == i / 2) {
-                    shared.sums[UNGATED][warp][q][g] = packed4(sum);
-                }
+                over_states(ungated, states[i + 1], with_c, i);
             }
-            u32 with_b[2][2], with_drive[2][2];
+            u32 c[2][2], with_b[2], with_drive[2], with_gradient[2];
             for (int k = 0; k < 2; k++) {
-                masked(with_b, k, view.states(in, B_, g, 8 * k));
-                masked(with_drive, k, transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k])));
+                with_b[k] = view.states(in, B_, g, 8 * k);
+                with_drive[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
+                with_gradient[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
                 for (int half = 0; half < 2; half++) c[half][k] = bits(view.state(in, C_, half, k));
             }
             float a_ahead[2][4];
             for (int j = 0; j < 2; j++) unpacked(a_ahead[j], shared.decays[GROUP - 1][j][threadIdx.x]);
-            deltas = shared.deltas[warp][GROUP / 2 - 1][g];
-            float ungated[4];
-            unpacked(ungated, shared.sums[UNGATED][warp][q][g]);
+            deltas = shared.deltas[warp][GROUP / 2 - 1][g ^ (GROUP - 2)];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float dz[2];
@@ -663,7 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                 int t = t0 + 2 * q + half;
                 if (my.real && t < T) put(dgate, dgate_at + half * dgate_step, packed(dz[0], dz[1]));
             }
-            float ddelta[4];
+            float ddrive[4] = {}, ddelta[4] = {}, dB_sum[4] = {}, dC_sum[4] = {};
 #pragma unroll
             for (int i = GROUP - 1; i >= 0; i--) {
                 const int half = i & 1;
@@ -671,17 +656,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                 for (int j = 0; j < 2; j++)
                     for (int k = 0; k < 4; k++) a[j][k] = a_ahead[j][k];
                 float2 step_delta = half ? make_float2(deltas.z, deltas.w) : make_float2(deltas.x, deltas.y);
-                if (i > 0) {
+                if (i > 0) {  // in time for the next turn
                     for (int j = 0; j < 2; j++) unpacked(a_ahead[j], shared.decays[i - 1][j][threadIdx.x]);
-                    if (!half) deltas = shared.deltas[warp][i / 2 - 1][g];
+                    if (!half) deltas = shared.deltas[warp][i / 2 - 1][g ^ (i - 2)];
                 }
                 for (int j = 0; j < 2; j++)
-                    mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & steps_of[i / 2]);
-                over_channels(c_sum, states[i + 1], with_gradient[half], half);
+                    mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & rows_of[i / 2]);
+                over_channels(dC_sum, states[i + 1], with_gradient, i);
                 u32 rounded[4];
                 pack(rounded, back);
-                over_states(sum, rounded, with_b[half], half);
-                over_channels(part_sum, rounded, with_drive[half], half);
+                over_states(ddrive, rounded, with_b, i);
+                over_channels(dB_sum, rounded, with_drive, i);
                 float from[2][4];  // the state that this step began with
                 for (int j = 0; j < 2; j++)
                     for (int k = 0; k < 4; k++)
@@ -697,14 +682,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                         of_rates[k >> 1] += dlog * my.rate[j][k];
                     }
                 }
-                if (half) first_mma4(ddelta, bits(of_rates[0]), bits(of_rates[1]), ones[half]);
-                else mma4(ddelta, bits(of_rates[0]), bits(of_rates[1]), ones[half]);
-                if (!half && q == i / 2) {
-                    shared.sums[DDRIVE][warp][q][g] = packed4(sum);
-                    shared.sums[DDELTA][warp][q][g] = packed4(ddelta);
-                    shared.parts[buffer][warp][0][q][g] = packed4(part_sum);
-                    shared.parts[buffer][warp][1][q][g] = packed4(c_sum);
-                }
+                mma4(ddelta, bits(of_rates[0]), bits(of_rates[1]), bits(1.0f) & columns[i]);
                 if (begins_here) {  // this chain alone adds here, in one order
                     float sums[2][4];
                     my.read(sums, dstate, row * E * 16);
@@ -713,9 +691,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                     my.write(dstate, row * E * 16, sums);
                 }
             }
-            float ddrive[4];
-            unpacked(ddrive, shared.sums[DDRIVE][warp][q][g]);
-            unpacked(ddelta, shared.sums[DDELTA][warp][q][g]);
+            shared.parts[buffer][warp][0][q][g ^ 2 * q] = packed4(dB_sum);
+            shared.parts[buffer][warp][1][q][g ^ 2 * q] = packed4(dC_sum);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int t = t0 + 2 * q + half;
@@ -737,15 +714,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
             // the next group writes the other half of `parts`.
             copies_wait<0>();
             __syncthreads();
-            // a state, in two steps, a lane
-            int which = threadIdx.x / 64, pair_of = threadIdx.x / 16 % 4, n = threadIdx.x % 16;
-            auto part_of = [&](int w) { return ((const float2*)&shared.parts[buffer][w][which][pair_of][n % 8])[n / 8]; };
+            int which = threadIdx.x / 64, p = threadIdx.x / 16 % 4, n = threadIdx.x % 16, t = t0 + 2 * p;
+            auto part_of = [&](int w) {  // of a state, in two steps
+                return ((const float2*)&shared.parts[buffer][w][which][p][n % 8 ^ 2 * p])[n / 8];
+            };
             float2 total = part_of(0);
             for (int w = 1; w < WARPS; w++) {
                 float2 v = part_of(w);
                 total.x += v.x, total.y += v.y;
             }
-            int t = t0 + 2 * pair_of;
             u32 at = (((u32)block * 2 + which) * rows * T + row * T + t) * 16 + n;
             if (t < T) put(dBC, at, total.x);
             if (t + 1 < T) put(dBC, at + 16, total.y);

@@ -22,10 +22,10 @@ BLOCKS = 3  # on a multiprocessor
 # more steps the kernels of scan.py are faster, which walk in segments of time side by side (1 x 8192 tokens of 3200
 # channels on an H100: 582 us against 659)
 LEAST, SHORT = 1.0, 512
-# bytes of `Shared`, a block's memory: inputs; decays and kept states of each thread; deltas, sums over states and parts
-# of the gradients of B and C of each warp
+# bytes of `Shared`, a block's memory: inputs; decays and kept states of each thread; deltas and parts of the gradients
+# of B and C of each warp
 STAGE_BYTES = (4 * CHANNELS + 2 * 16) * GROUP * 2  # four inputs, and B and C
-BACKWARD_SHARED = 2 * STAGE_BYTES + THREADS * (GROUP * 2 + 2 * 2) * 16 + WARPS * 32 * (1 + 3 + 2 * 2) * 16
+BACKWARD_SHARED = 2 * STAGE_BYTES + THREADS * (GROUP * 2 + 2 * 2) * 16 + WARPS * 32 * (1 + 2 * 2) * 16
 
 
 def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:

@@ -113,15 +113,10 @@ static void mma4(float* d, uint32_t a0, uint32_t a1, uint32_t b0) {
         return sum;
     });
 }
-static void row_sums(float* d, float a0, float a1) {
-    for (int i = 0; i < 4; i++) d[i] = 0;
-    mma4(d, bits(a0), bits(a1), bits(1.0f));
-}
 struct Quad { uint32_t x[4]; };
 static void mma16(float* d, const uint32_t* a, const uint32_t* b) {
     auto as = gathered(Quad{{a[0], a[1], a[2], a[3]}});
     auto bs = gathered(std::make_pair(b[0], b[1]));
-    for (int i = 0; i < 4; i++) d[i] = 0;
     each_of_mine(d, [&](int row, int column) {
         float sum = 0;
         for (int k = 0; k < 16; k++) {
@@ -131,6 +126,10 @@ static void mma16(float* d, const uint32_t* a, const uint32_t* b) {
         }
         return sum;
     });
+}
+static void first_mma16(float* d, const uint32_t* a, const uint32_t* b) {
+    for (int i = 0; i < 4; i++) d[i] = 0;
+    mma16(d, a, b);
 }
 static uint32_t transposed(uint32_t x) {
     auto all = gathered(x);

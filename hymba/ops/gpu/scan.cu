@@ -45,14 +45,15 @@ __device__ inline void mma4(float* d, u32 a0, u32 a1, u32 b0) {
     asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
-// d (16 x 8) = sums over the columns of a (16 x 4)
-__device__ inline void row_sums(float* d, float a0, float a1) {
-    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(bits(a0)), "r"(bits(a1)), "r"(bits(1.0f)), "f"(0.0f));
-}
-// d (16 x 8) = a (16 x 16) b (16 x 8) in bfloat16
+// d (16 x 8) += a (16 x 16) b (16 x 8) in bfloat16
 __device__ inline void mma16(float* d, const u32* a, const u32* b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d (16 x 8) = a (16 x 16) b (16 x 8)
+__device__ inline void first_mma16(float* d, const u32* a, const u32* b) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
         " {%10, %10, %10, %10};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
@@ -214,7 +215,7 @@ struct Lane {
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float d = k < 2 ? delta.x : delta.y;
-                float factor = TYPE != 0 && j * 4 + k < POLYNOMIAL ? power(d, rate[j][k]) : ex2(d * rate[j][k]);
+                float factor = TYPE != 0 && !a && j * 4 + k < POLYNOMIAL ? power(d, rate[j][k]) : ex2(d * rate[j][k]);
                 h[j][k] *= factor;
                 if (a) a[j][k] = factor;
             }
@@ -271,28 +272,31 @@ struct Parts {
     }
 };
 
-// Inputs of a group of steps, of a block's channels. Even steps come first: lanes then read different banks; and a row is
-// left free between warps, so that lanes write to different ones.
+// Inputs of a group of steps, of a block's channels: a row for each step, even steps first. Whole rows come by one copy;
+// pieces of 32 bytes stand in another order in each pair of steps, so that lanes read different banks.
 enum Input { DT, U, GATE, DY };
 enum States { B_, C_ };
-template <int INPUTS> struct alignas(16) Stage {
-    element x[INPUTS][WARPS][GROUP + 1][16], states_of[2][GROUP][16];
+template <int INPUTS> struct alignas(128) Stage {
+    element x[INPUTS][GROUP][16 * WARPS], states_of[2][GROUP][16];
 
     static __device__ int slot(int step) { return (step & 1) * 4 + step / 2; }
+    // where byte `at` of a step's row is
+    static __device__ int place(int step, int at) { return at ^ step / 2 * 32; }
 };
 
 // where a lane looks in a stage
 template <int INPUTS> struct View {
+    static const int ROW = 16 * WARPS * sizeof(element), STATES = INPUTS * GROUP * ROW;
     u32 mine, state_at, states_at;  // bytes
 
     __device__ View(int warp, int g, int q) {
-        mine = (warp * (GROUP + 1) * 16 + q * 16 + 2 * g) * sizeof(element);
-        state_at = (INPUTS * WARPS * (GROUP + 1) * 16 + q * 16 + g) * sizeof(element);
-        states_at = (INPUTS * WARPS * (GROUP + 1) * 16 + 2 * q) * sizeof(element);
+        mine = q * ROW + Stage<INPUTS>::place(2 * q, (warp * 16 + 2 * g) * sizeof(element));
+        state_at = STATES + (q * 16 + g) * sizeof(element);
+        states_at = STATES + 2 * q * sizeof(element);
     }
     // of step 2 q + half, channels 2 g and 2 g + 1
     __device__ pair channels(const Stage<INPUTS>& in, Input which, int half) const {
-        return *(const pair*)((const char*)&in + mine + (which * WARPS * (GROUP + 1) + half * 4) * 16 * sizeof(element));
+        return *(const pair*)((const char*)&in + mine + (which * GROUP + half * 4) * ROW);
     }
     // of step 2 q + half, state 8 j + g
     __device__ float state(const Stage<INPUTS>& in, States which, int half, int j) const {
@@ -323,29 +327,30 @@ template <int INPUTS> struct Loader {
         int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, at = lane % ROW * SIZE, r = lane / ROW;
         from = (const char*)(x + channel + at) + (unsigned long long)r * x_step * sizeof(element);
         step = x_step * (u32)sizeof(element);
-        to = (((warp * WARPS + at / 16) * (GROUP + 1) + Stage<INPUTS>::slot(r)) * 16 + at % 16) * sizeof(element);
+        to = (warp * GROUP + Stage<INPUTS>::slot(r)) * View<INPUTS>::ROW + Stage<INPUTS>::place(r, at * sizeof(element));
         // zeros for channels that do not exist
         last = channel + at < E ? end - r : -(1 << 30);
         r = lane / STATE_ROW % GROUP, at = lane % STATE_ROW * SIZE;
         bool of_C = lane >= GROUP * STATE_ROW;
         for (int k = 0; k < STATE_COPIES; k++) from_states[k] = (const char*)((of_C || k ? C : B) + r * 16 + at);
-        to_states = ((INPUTS * WARPS * (GROUP + 1) + of_C * GROUP + Stage<INPUTS>::slot(r)) * 16 + at) * sizeof(element);
+        to_states = View<INPUTS>::STATES + ((of_C * GROUP + Stage<INPUTS>::slot(r)) * 16 + at) * sizeof(element);
         last_states = end - r;
     }
     __device__ void kept() {
         keep(from), keep(step), keep(to), keep(to_states), keep(last), keep(last_states);
         for (int k = 0; k < STATE_COPIES; k++) keep(from_states[k]);
     }
-    __device__ void load(Stage<INPUTS>* stage, int t0) const {
+    // whole: the group's steps all exist, which spares the asking
+    __device__ void load(Stage<INPUTS>* stage, int t0, bool whole = false) const {
         if (INPUTS == WARPS || threadIdx.x < INPUTS * 32)
             for (int k = 0; k < COPIES; k++) {
-                bool inside = t0 + k * STEPS < last;
-                copy16((char*)stage + to + k * STEPS / 2 * 16 * sizeof(element),
-                       from + (unsigned long long)(u32)(inside ? t0 + k * STEPS : 0) * step, inside);
+                bool inside = whole ? last > 0 : t0 + k * STEPS < last;
+                copy16((char*)stage + Stage<INPUTS>::place(k * STEPS, to) + k * STEPS / 2 * View<INPUTS>::ROW,
+                       from + (unsigned long long)(u32)(inside || whole ? t0 + k * STEPS : 0) * step, inside);
             }
         if (threadIdx.x >= THREADS - 32)
             for (int k = 0; k < STATE_COPIES; k++) {
-                bool inside = t0 < last_states;
+                bool inside = whole || t0 < last_states;
                 copy16((char*)stage + to_states + k * GROUP * 16 * sizeof(element),
                        from_states[k] + (u32)(inside ? t0 : 0) * (u32)(16 * sizeof(element)), inside);
             }
@@ -465,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
                 u32 rounded[4];
                 float d[4];
                 pack(rounded, h);
-                mma16(d, rounded, c);
+                first_mma16(d, rounded, c);
                 for (int k = 0; k < 2; k++) out[i & 1][k] = mine ? d[2 * k + (i & 1)] : out[i & 1][k];
 #endif
             }
@@ -500,17 +505,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_forward(
 }
 
 #if TYPE != 0
-enum Sum { UNGATED, DDRIVE, DDELTA };
 struct Shared {
     Stage<4> stages[2];  // of this group and the next
-    float2 deltas[WARPS][GROUP][8];
     float4 decays[GROUP][2][THREADS], kept[2][2][THREADS];  // the latter: states in front of this group and the next
-    float parts[2][WARPS][2][GROUP][16];  // of the gradients of B and C
-
-    // of two channels in step i: in the place of that step's decays, once these are read
-    __device__ float2* sum(Sum which, int i, int warp, int g) {
-        return (float2*)&decays[i][0][warp * 32] + which * 8 + g;
-    }
+    // of steps 2 q and 2 q + 1, at g ^ 2 q, so that lanes use different banks; deltas: of two channels in the first step and
+    // in the second; parts of the gradients of B and C: of state g in both steps, and of state g + 8
+    float4 deltas[WARPS][GROUP / 2][8], parts[2][WARPS][2][GROUP / 2][8];
 };
 
 // Walks backwards. dBC: (chains of a row, 2, rows, T, 16), parts of the gradients of B and C; carry: (chains, 5, threads)
@@ -537,16 +537,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                          end);
         View<4> view(warp, g, q);
         loader.kept();
-        auto load = [&](int t0) {
+        // of second factors: the column of a step, and the row of steps 2 p and 2 p + 1
+        u32 columns[GROUP];
+        for (int i = 0; i < GROUP; i++) columns[i] = only(g == i);
+        const u32 rows_of[4] = {only(q == 0), only(q == 1), only(q == 2), only(q == 3)};
+        auto load = [&](int t0, bool whole) {
             u32 number = (u32)t0 / GROUP;
-            loader.load(&shared.stages[number & 1], t0);
+            loader.load(&shared.stages[number & 1], t0, whole);
             for (int j = 0; j < 2; j++)
                 copy16(&shared.kept[number & 1][j][threadIdx.x],
                        (const char*)&kept[(((u32)part.chain * groups + number) * 2 + j) * THREADS + threadIdx.x], true);
             copies_end();
         };
         int last_group = (end - 1) / GROUP * GROUP;
-        load(last_group);
+        u32 out_at = (row * T + last_group + 2 * q) * E + my.e;
+        u32 dgate_at = row * dgate_row + (last_group + 2 * q) * dgate_step + my.e;
+        load(last_group, false);
         float back[2][4], dA_sum[2][4] = {}, dD_sum[2] = {}, dbias_sum[2] = {};
         float4* left = carry + (u32)part.chain * 5 * THREADS + threadIdx.x;
         if (part.begin == 0) {
@@ -565,17 +571,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
         }
         copies_wait<0>();
         __syncthreads();
-        for (int t0 = last_group; t0 >= begin; t0 -= GROUP, buffer ^= 1) {
-            if (t0 > begin) load(t0 - GROUP);
+        for (int t0 = last_group; t0 >= begin;
+             t0 -= GROUP, buffer ^= 1, out_at -= GROUP * E, dgate_at -= GROUP * dgate_step) {
+            if (t0 > begin) load(t0 - GROUP, true);
             const Stage<4>& in = shared.stages[(u32)t0 / GROUP & 1];
             float h[2][4];
             for (int j = 0; j < 2; j++) unpacked(h[j], shared.kept[(u32)t0 / GROUP & 1][j][threadIdx.x]);
-            // u, delta and their product in two steps and two channels, deltas for all lanes, and B of these steps
-            float x[2][2], delta[2][2];
+            // of two steps and two channels: u, delta, dy times the gate's SiLU, and dy times its slope
+            float x[2][2], delta[2][2], gradient[2][2], of_gate[2][2];
             u32 drive[2][2], b[2][2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 pair v = view.channels(in, DT, half), w = view.channels(in, U, half);
+                pair z_pair = view.channels(in, GATE, half), dy_pair = view.channels(in, DY, half);
                 x[half][0] = low(w), x[half][1] = high(w);
                 delta[half][0] = low(v), delta[half][1] = high(v);
                 bool counts = t0 + 2 * q + half < limit;
@@ -583,91 +591,98 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                     delta[half][k] = kept_if(counts, softplus(delta[half][k] + my.bias[k]));
                     drive[half][k] = tf32(delta[half][k] * x[half][k]);
                     b[half][k] = bits(view.state(in, B_, half, k));
+                    float z = k ? high(z_pair) : low(z_pair), s = sigmoid(z), dout = s * (k ? high(dy_pair) : low(dy_pair));
+                    gradient[half][k] = dout * z;
+                    of_gate[half][k] = dout + gradient[half][k] * (1.0f - s);
                 }
-                shared.deltas[warp][2 * q + half][g] = make_float2(delta[half][0], delta[half][1]);
             }
+            shared.deltas[warp][q][g ^ 2 * q] = make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
+            // Sums over states or channels, of a step in its column. All steps are added up, each with zeros in the others'
+            // columns, so that lane (g, q) ends with the sums of steps 2 q and 2 q + 1, and nothing passes through memory.
+            auto over_states = [&](float* d, const u32* s, const u32* with, int i) {
+                u32 column[2] = {with[0] & columns[i], with[1] & columns[i]};
+                mma16(d, s, column);
+            };
+            auto over_channels = [&](float* d, const u32* s, const u32* with, int i) {
+                u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
+                over_states(d, m, with, i);
+            };
+            u32 with_c[2] = {view.states(in, C_, g, 0), view.states(in, C_, g, 8)};
             __syncwarp();
             u32 begins = STARTS ? document_starts(starts, row, t0, T, lane) : 0;
             u32 states[GROUP + 1][4];  // in front of each step, and behind the last
-            float2 ahead = shared.deltas[warp][0][g];  // stores to memory keep the compiler from asking for it earlier
+            float4 deltas, ahead = shared.deltas[warp][0][g];  // stores to memory keep the compiler from asking for it earlier
+            float ungated[4] = {};
+            pack(states[0], h);
 #pragma unroll
             for (int i = 0; i < GROUP; i++) {
-                pack(states[i], h);
+                const int half = i & 1;
                 if (STARTS && (begins >> i & 1)) my.read(h, state, row * state_row);
-                float2 step_delta = ahead;
-                if (i < GROUP - 1) ahead = shared.deltas[warp][i + 1][g];
+                if (!half) {
+                    deltas = ahead;
+                    if (i < GROUP - 2) ahead = shared.deltas[warp][i / 2 + 1][g ^ (i + 2)];
+                }
                 float a[2][4];
-                my.decay(h, step_delta, a);
+                my.decay(h, half ? make_float2(deltas.z, deltas.w) : make_float2(deltas.x, deltas.y), a);
                 for (int j = 0; j < 2; j++) {
-                    mma4(h[j], drive[i & 1][0], drive[i & 1][1], b[i & 1][j] & only(q == i / 2));
+                    mma4(h[j], drive[half][0], drive[half][1], b[half][j] & rows_of[i / 2]);
                     shared.decays[i][j][threadIdx.x] = packed4(a[j]);
                 }
+                pack(states[i + 1], h);
+                over_states(ungated, states[i + 1], with_c, i);
             }
-            pack(states[GROUP], h);
-            // dy times the gate's SiLU; B and C as the products need them: by step in q, and by step in g
-            float gradient[2][2];
-            u32 c[2][2], b_of[2], c_of[2], drive_of[2], gradient_of[2];
+            u32 c[2][2], with_b[2], with_drive[2], with_gradient[2];
+            for (int k = 0; k < 2; k++) {
+                with_b[k] = view.states(in, B_, g, 8 * k);
+                with_drive[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
+                with_gradient[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
+                for (int half = 0; half < 2; half++) c[half][k] = bits(view.state(in, C_, half, k));
+            }
+            float a_ahead[2][4];
+            for (int j = 0; j < 2; j++) unpacked(a_ahead[j], shared.decays[GROUP - 1][j][threadIdx.x]);
+            deltas = shared.deltas[warp][GROUP / 2 - 1][g ^ (GROUP - 2)];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
-                b_of[half] = view.states(in, B_, g, 8 * half);
-                c_of[half] = view.states(in, C_, g, 8 * half);
-                for (int k = 0; k < 2; k++) {
-                    float z = k ? high(v) : low(v), dout = k ? high(w) : low(w);
-                    gradient[half][k] = dout * z * sigmoid(z);
-                    c[half][k] = bits(view.state(in, C_, half, k));
-                }
+                float dz[2];
+                for (int k = 0; k < 2; k++) dz[k] = of_gate[half][k] * (ungated[2 * k + half] + x[half][k] * my.skip[k]);
+                int t = t0 + 2 * q + half;
+                if (my.real && t < T) put(dgate, dgate_at + half * dgate_step, packed(dz[0], dz[1]));
             }
-            for (int k = 0; k < 2; k++) {
-                drive_of[k] = transposed(bf16_pair(delta[0][k] * x[0][k], delta[1][k] * x[1][k]));
-                gradient_of[k] = transposed(bf16_pair(gradient[0][k], gradient[1][k]));
-            }
+            float ddrive[4] = {}, ddelta[4] = {}, dB_sum[4] = {}, dC_sum[4] = {};
 #pragma unroll
             for (int i = GROUP - 1; i >= 0; i--) {
-                bool mine = q == i / 2;  // these lanes have the sums of this step: of two channels, or states g, g + 8
                 const int half = i & 1;
-                auto over_states = [&](Sum which, const u32* s, const u32* with) {
-                    float d[4];
-                    mma16(d, s, with);
-                    if (mine) *shared.sum(which, i, warp, g) = make_float2(d[half], d[2 + half]);
-                };
-                // with: what has channels in q and steps in g
-                auto over_channels = [&](int which, const u32* s, const u32* with) {
-                    u32 m[4] = {transposed(s[0]), transposed(s[2]), transposed(s[1]), transposed(s[3])};
-                    float d[4];
-                    mma16(d, m, with);
-                    for (int k = 0; k < 2; k++)
-                        if (mine) shared.parts[buffer][warp][which][i][g + 8 * k] = d[2 * k + half];
-                };
                 float a[2][4];
-                for (int j = 0; j < 2; j++) unpacked(a[j], shared.decays[i][j][threadIdx.x]);
-                float2 step_delta = shared.deltas[warp][i][g];
-                __syncwarp();  // sums of this step come in the place of its decays
-                over_states(UNGATED, states[i + 1], c_of);
-                over_channels(1, states[i + 1], gradient_of);
                 for (int j = 0; j < 2; j++)
-                    mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & only(mine));
+                    for (int k = 0; k < 4; k++) a[j][k] = a_ahead[j][k];
+                float2 step_delta = half ? make_float2(deltas.z, deltas.w) : make_float2(deltas.x, deltas.y);
+                if (i > 0) {  // in time for the next turn
+                    for (int j = 0; j < 2; j++) unpacked(a_ahead[j], shared.decays[i - 1][j][threadIdx.x]);
+                    if (!half) deltas = shared.deltas[warp][i / 2 - 1][g ^ (i - 2)];
+                }
+                for (int j = 0; j < 2; j++)
+                    mma4(back[j], tf32(gradient[half][0]), tf32(gradient[half][1]), c[half][j] & rows_of[i / 2]);
+                over_channels(dC_sum, states[i + 1], with_gradient, i);
                 u32 rounded[4];
                 pack(rounded, back);
-                over_states(DDRIVE, rounded, b_of);
-                over_channels(0, rounded, drive_of);
+                over_states(ddrive, rounded, with_b, i);
+                over_channels(dB_sum, rounded, with_drive, i);
                 float from[2][4];  // the state that this step began with
                 for (int j = 0; j < 2; j++)
                     for (int k = 0; k < 4; k++)
                         from[j][k] = k & 1 ? high(states[i][2 * j + k / 2]) : low(states[i][2 * j + k / 2]);
                 bool begins_here = STARTS && (begins >> i & 1);
                 if (begins_here) my.read(from, state, row * state_row);
-                float sum[2] = {}, d[4];
+                float of_rates[2] = {};
                 for (int j = 0; j < 2; j++) {
                     for (int k = 0; k < 4; k++) {
                         back[j][k] *= a[j][k];
                         float dlog = back[j][k] * from[j][k];
                         dA_sum[j][k] += dlog * (k < 2 ? step_delta.x : step_delta.y);
-                        sum[k >> 1] += dlog * my.rate[j][k];
+                        of_rates[k >> 1] += dlog * my.rate[j][k];
                     }
                 }
-                row_sums(d, sum[0], sum[1]);
-                if (mine) *shared.sum(DDELTA, i, warp, g) = make_float2(d[half], d[2 + half]);
+                mma4(ddelta, bits(of_rates[0]), bits(of_rates[1]), bits(1.0f) & columns[i]);
                 if (begins_here) {  // this chain alone adds here, in one order
                     float sums[2][4];
                     my.read(sums, dstate, row * E * 16);
@@ -676,48 +691,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan_backward(
                     my.write(dstate, row * E * 16, sums);
                 }
             }
-            __syncwarp();
+            shared.parts[buffer][warp][0][q][g ^ 2 * q] = packed4(dB_sum);
+            shared.parts[buffer][warp][1][q][g ^ 2 * q] = packed4(dC_sum);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int t = t0 + 2 * q + half;
-                pair v = view.channels(in, GATE, half), w = view.channels(in, DY, half);
-                float du_[2], ddt_[2], dz[2];
-                float2 step_delta = shared.deltas[warp][2 * q + half][g];
-                float2 ungated = *shared.sum(UNGATED, 2 * q + half, warp, g);
-                float2 ddrive = *shared.sum(DDRIVE, 2 * q + half, warp, g);
-                float2 ddelta = *shared.sum(DDELTA, 2 * q + half, warp, g);
-                pair input = view.channels(in, U, half);
+                float du_[2], ddt_[2];
                 for (int k = 0; k < 2; k++) {
-                    float x = k ? high(input) : low(input), delta = k ? step_delta.y : step_delta.x;
-                    float drive = k ? ddrive.y : ddrive.x;
-                    float slope = 1.0f - ex2(-LOG2E * delta);  // of softplus; 0 where a step does not count
-                    float z = k ? high(v) : low(v), dout = k ? high(w) : low(w), s = sigmoid(z);
-                    float whole = (k ? ungated.y : ungated.x) + x * my.skip[k];
-                    dz[k] = dout * whole * s * (1.0f + z * (1.0f - s));
-                    du_[k] = delta * drive + gradient[half][k] * my.skip[k];
-                    ddt_[k] = ((k ? ddelta.y : ddelta.x) * LN2 + drive * x) * slope;
-                    dD_sum[k] += gradient[half][k] * x;
+                    float slope = 1.0f - ex2(-LOG2E * delta[half][k]);  // of softplus; 0 where a step does not count
+                    du_[k] = delta[half][k] * ddrive[2 * k + half] + gradient[half][k] * my.skip[k];
+                    ddt_[k] = (ddelta[2 * k + half] * LN2 + ddrive[2 * k + half] * x[half][k]) * slope;
+                    dD_sum[k] += gradient[half][k] * x[half][k];
                     dbias_sum[k] += ddt_[k];
                 }
                 if (my.real && t < T) {
-                    u32 at = (row * T + t) * E + my.e;
+                    u32 at = out_at + half * E;
                     put(du, at, packed(du_[0], du_[1]));
                     put(ddt, at, packed(ddt_[0], ddt_[1]));
-                    put(dgate, row * dgate_row + t * dgate_step + my.e, packed(dz[0], dz[1]));
                 }
             }
             // All copies of the next group are there then, and all are done with this one; one barrier is enough, since
             // the next group writes the other half of `parts`.
             copies_wait<0>();
             __syncthreads();
-            int which = threadIdx.x / 64, r = threadIdx.x / 8 % 8, state_pair = threadIdx.x % 8 * 2;
-            float2 total = make_float2(0.0f, 0.0f);
-            for (int w = 0; w < WARPS; w++) {
-                float2 v = *(const float2*)&shared.parts[buffer][w][which][r][state_pair];
+            int which = threadIdx.x / 64, p = threadIdx.x / 16 % 4, n = threadIdx.x % 16, t = t0 + 2 * p;
+            auto part_of = [&](int w) {  // of a state, in two steps
+                return ((const float2*)&shared.parts[buffer][w][which][p][n % 8 ^ 2 * p])[n / 8];
+            };
+            float2 total = part_of(0);
+            for (int w = 1; w < WARPS; w++) {
+                float2 v = part_of(w);
                 total.x += v.x, total.y += v.y;
             }
-            if (t0 + r < T)
-                put(dBC, (((u32)block * 2 + which) * rows * T + row * T + t0 + r) * 16 + state_pair, total);
+            u32 at = (((u32)block * 2 + which) * rows * T + row * T + t) * 16 + n;
+            if (t < T) put(dBC, at, total.x);
+            if (t + 1 < T) put(dBC, at + 16, total.y);
         }
         if (part.end == part.length) {
             if (STARTS) {

@@ -24,8 +24,8 @@ BLOCKS = 3  # on a multiprocessor
 LEAST, SHORT = 1.0, 512
 # bytes of `Shared`, a block's memory: inputs; decays and kept states of each thread; deltas and parts of the gradients
 # of B and C of each warp
-STAGE_BYTES = (4 * WARPS * 9 + 2 * 8) * 16 * 2  # of eight steps: four inputs, and B and C
-BACKWARD_SHARED = 2 * STAGE_BYTES + THREADS * (8 * 2 + 2 * 2) * 16 + WARPS * (8 * 8 * 8 + 2 * 2 * 8 * 16 * 4)
+STAGE_BYTES = (4 * CHANNELS + 2 * 16) * GROUP * 2  # four inputs, and B and C
+BACKWARD_SHARED = 2 * STAGE_BYTES + THREADS * (GROUP * 2 + 2 * 2) * 16 + WARPS * 32 * (1 + 2 * 2) * 16
 
 
 def fits(u: Tensor, dt: Tensor, gate: Tensor, A: Tensor, keep: bool) -> bool:

@@ -42,10 +42,14 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
     starts[:, 0] = starts[0, 5] = starts[1, 1] = starts[0, 60:62] = True
     documents = starts.cumsum(1)
     lengths = torch.tensor([63, T], device=GPU)
-    A, at = -normal(E, N).exp(), torch.arange(M + T, device=GPU)[None]
+    A = -normal(E, N).exp()
     wide = normal(3200, N).exp()
     scan = [normal(B, T, E), normal(B, T, E), normal(E), normal(B, T, N), normal(B, T, N), normal(E), normal(B, T, E)]
-    kv = [normal(B, H, T, 64), normal(B, G, T, 64), normal(B, G, T, 128), normal(1, G, M, 64), normal(1, G, M, 128)]
+
+    def attention_inputs(B, T, M):
+        return [normal(B, H, T, 64), *(normal(B, G, T, d) for d in (64, 128)), *(normal(1, G, M, d) for d in (64, 128))]
+
+    kv = attention_inputs(B, T, M)
 
     def run_scan(starts, lengths, rows):
         state = normal(rows, E, N)
@@ -53,6 +57,8 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
 
     def run_attention(window, documents):
         def run(b, q, k, v, mk, mv):
+            M, T = mk.shape[2], k.shape[2]
+            at = torch.arange(M + T, device=GPU)[None]
             sources = (KeyValue(mk, mv, at[:, :M]), KeyValue(k, v, at[:, M:], documents))
             return b.attention(q, at[:, M:], documents, sources, window, M, 0.125)
 
@@ -87,6 +93,8 @@ def operations(T: int = 129) -> dict[str, tuple[Callable, list[Tensor]]]:
         "attention": (run_attention(None, None), kv),
         "attention, window": (run_attention(40, None), kv),
         "attention, documents": (run_attention(40, documents), kv),
+        # whole blocks, enough of them for kernels that have a multiprocessor for each program
+        "attention, large": (run_attention(200, None), attention_inputs(8, 384, 128)),
     }  # fmt: skip
 
 

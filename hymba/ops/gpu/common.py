@@ -1,7 +1,7 @@
 """What the kernel files share."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -29,8 +29,24 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 
 def library_op(name: str) -> Callable:
-    """Register a function as a PyTorch operator, so that compiled graphs do not break at it."""
-    return torch.library.custom_op(f"hymba_gpu::{name}", mutates_args=())
+    """Register a function as a PyTorch operator, so that compiled graphs do not break at it.
+
+    Eager code that wants no gradients calls the function itself, since the way through the operator takes as long as
+    launching a kernel.
+    """
+
+    def register(function: Callable) -> Callable:
+        operator = torch.library.custom_op(f"hymba_gpu::{name}", mutates_args=())(function)
+
+        @wraps(function)
+        def call(*inputs):
+            learns = needs_grad(*(x for x in inputs if isinstance(x, Tensor)))
+            return (operator if learns or torch.compiler.is_compiling() else function)(*inputs)
+
+        call.register_fake, call.register_autograd = operator.register_fake, operator.register_autograd
+        return call
+
+    return register
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

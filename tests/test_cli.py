@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -582,69 +581,6 @@ def test_bench_gpu_says_that_there_is_none(hymba):
     status, out, err = hymba("bench", "gpu")
     assert (status, out) == (2, "")
     assert_one_line(err, "CUDA GPU", "hymba bench")
-
-
-def test_bench_gpu_compares_the_best_of_each():
-    from hymba.bench.gpu.suite import compared
-
-    def row(batch, speed, cache, kv):
-        return {"batch": batch, "tokens/s": speed, "cache MB a row": cache, "KV MB a row": kv}
-
-    ours = [row(1, 10.0, 4.0, 2.0), row(128, 30.0, 4.0, 2.0)]
-    llama = {"decode": [row(64, 6.0, 40.0, 40.0), row(1, 2.0, 40.0, 40.0)], "prefill": {"tokens/s": 7.0}}
-    mamba = {"decode": [row(128, 60.0, 2.0, 0.0)], "prefill": None}
-    report = {
-        "decode": ours, "prefill": [{"batch": 8, "tokens/s": 50.0}, {"batch": 1, "tokens/s": 14.0}],
-        "peers": {"Llama": llama, "Mamba": mamba, "too large": {"decode": [{"batch": 0}], "prefill": None}},
-    }  # fmt: skip
-    assert compared(report) == {
-        "Llama": {
-            "throughput": 5.0, "cache": 10.0, "keys and values": 20.0, "throughput at batch 1": 5.0, "prefill": 2.0
-        },
-        "Mamba": {"throughput": 0.5, "cache": 0.5},
-    }  # fmt: skip
-    assert compared(report | {"decode": "OutOfMemoryError: "}) == {}
-
-
-def _three_and(end: str):
-    yield from range(3)
-    if end == "fails":
-        raise ValueError("no fourth")
-    if end == "waits":
-        time.sleep(600)
-
-
-@pytest.mark.parametrize(
-    ("end", "seconds", "error"),
-    [("", 300, None), ("fails", 300, "ValueError no fourth"), ("waits", 20, "longer than 20 s")],
-)
-def test_what_a_peer_gave_is_kept_however_it_ends(end, seconds, error):
-    from hymba.bench.gpu.measure import apart
-
-    got = []
-    with pytest.raises((RuntimeError, TimeoutError), match=error) if error else nullcontext():
-        for x in apart(seconds, _three_and, end):
-            got.append(x)
-    assert got == [0, 1, 2]
-
-
-def test_bench_gpu_goes_on_after_a_section_that_failed(monkeypatch, capsys):
-    """And each section gets the time that those before it left."""
-    from hymba.bench.gpu import suite
-
-    limit = {"copy": 1e12, "product": 1e12}
-    ends = {}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(suite.measure, "limits", lambda: limit)
-    monkeypatch.setattr(suite.check, "check", lambda: {"scan": 1e-7})
-    monkeypatch.setattr(suite.kernels, "kernels", lambda limit, deadline: 1 / 0)
-    monkeypatch.setattr(suite.models, "prefill", lambda limit, deadline: ends.setdefault("prefill", deadline) and [])
-    monkeypatch.setattr(suite.peers, "peers", lambda batches, deadline: ends.setdefault("peers", deadline) and {})
-    report = suite.run(["check", "kernels", "prefill", "peers"], [1], 100.0)
-    assert report["check"] == {"scan": 1e-7} and report["limits"] == limit and report["prefill"] == []
-    assert report["kernels"].startswith("ZeroDivisionError") and report["against"] == {}
-    assert ends["peers"] - ends["prefill"] == pytest.approx(100 * (1 - suite.ENDS["prefill"]))
-    assert "failed: ZeroDivisionError" in capsys.readouterr().out
 
 
 @needs_native

@@ -7,17 +7,21 @@ import torch
 from torch import Tensor
 
 
-def fork(like: Tensor) -> torch.cuda.Stream | None:
+def fork(like: Tensor, *given: Tensor) -> torch.cuda.Stream | None:
     """While a CUDA graph is recorded, a stream that has waited for all work so far; None otherwise.
 
     What is computed on it (`on`) and what is computed outside do not wait for each other until `join`. So it is in the
-    backward pass, which PyTorch computes on the streams of the forward pass. Weights that are used there must not be
-    ones that autocast casts and keeps: their memory would be given away too early.
+    backward pass, which PyTorch computes on the streams of the forward pass, and where memory must not be given away
+    while the other stream reads it: `given` are tensors that were made outside and are read there (not slices of
+    `ops.split`, which holds the whole until their gradients have come), and weights that are used there must not be
+    ones that autocast casts and keeps.
     """
     if not like.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
         return None
     stream = _stream(like.device)
     stream.wait_stream(torch.cuda.current_stream())
+    for x in given:
+        x.record_stream(stream)
     return stream
 
 

@@ -65,7 +65,8 @@ class Heads(nn.Module):
                 before = LayerState(None, None, read[-1][-1])
         attn, ssm, conv_state, ssm_state = [], [], past.conv, past.ssm
         # meta tokens leave most of a card free
-        stream = beside.fork(x) if len(parts) > 1 else None
+        keys = [source.k for sources in read[:-1] for source in sources]
+        stream = beside.fork(x, *keys) if len(parts) > 1 else None
         for i, (layout, (q, _, inputs)) in enumerate(zip(layouts, parts, strict=True)):
             last = i == len(parts) - 1
             with nullcontext() if last else beside.on(stream):

@@ -12,18 +12,17 @@ from torch import Tensor
 
 from hymba.ops import reference
 
-LEAST = 2**22  # elements: of fewer, several copies take longer than one that joins all
+LEAST = 2**22  # elements: of fewer, one kernel that joins all is faster than some that copy what is not in its place
 
 
 def split(x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
-    """As `reference.split`. Slices of the last part have places; those of meta tokens are few, and read twice."""
-    if x.numel() < LEAST:
-        return reference.split(x, widths, shapes)
+    """As `reference.split`. Slices of the last part have places; those of meta tokens are small, and read twice."""
     gradient = _Gradient(x, widths, shapes)
-    slices = _Split.apply(x, gradient)
-    for i in range(len(slices) - len(widths), len(slices)):
-        slices[i].gradient_place = partial(gradient.place, i)
-    return [slices[i : i + len(widths)] for i in range(0, len(slices), len(widths))]
+    parts = gradient.in_parts(_Split.apply(x, gradient))
+    if x.numel() >= LEAST:
+        for i, piece in enumerate(parts[-1]):
+            piece.gradient_place = partial(gradient.place, i)
+    return parts
 
 
 def place_of(x: Tensor) -> Callable[[], Tensor | None] | None:
@@ -44,42 +43,55 @@ def _heads_of(x: Tensor | None, count: int) -> Tensor | None:
     return None if x is None else reference.heads(x, count)
 
 
-def _slices(x: Tensor, widths: list[int], shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    return tuple(piece for part in reference.split(x, widths, shapes) for piece in part)
-
-
 class _Gradient:
     """The gradient of the whole in the making: allocated for the first slice that asks for its place."""
 
     def __init__(self, x: Tensor, widths: Sequence[int], shapes: Sequence[tuple[int, int]]):
-        self.slices_of = partial(_slices, widths=list(widths), shapes=list(shapes))
+        self.split = partial(reference.split, widths=list(widths), shapes=list(shapes))
+        self.width, self.rows = len(widths), [rows * steps for rows, steps in shapes]
+        # held until all gradients have come: when autograd lets go of slices, kernels on another stream
+        # (`model.beside`) may still read them
+        self.x: Tensor | None = x
         self.allocate = partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         self.whole: Tensor | None = None
         self.taken: set[int] = set()
 
+    def in_parts(self, slices: Sequence) -> list[Sequence]:
+        return [slices[i : i + self.width] for i in range(0, len(slices), self.width)]
+
     def place(self, i: int) -> Tensor | None:
+        """Of slice i of the last part"""
         if i in self.taken:  # a slice that is read twice has a sum as its gradient
             return None
         self.taken.add(i)
         if self.whole is None:
             self.whole = self.allocate()
-        return self.slices_of(self.whole)[i]
+        return self.split(self.whole)[-1][i]
 
     def collect(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """gradients: of every slice, None for zero -> of the whole"""
+        """gradients: of every slice of every part, None for zero -> of the whole"""
         whole, taken = self.whole, self.taken
-        self.whole, self.taken = None, set()
-        places = () if whole is None else self.slices_of(whole)
-        if whole is None or not all(_same(gradients[i], places[i]) for i in taken):
+        self.x, self.whole, self.taken = None, None, set()
+        given = self.in_parts(gradients)
+        if whole is None or not all(_same(given[-1][i], self.split(whole)[-1][i]) for i in taken):
             # nothing was written, or somebody made something else of it, and may still read it
             whole, taken = self.allocate(), set()
-            places = self.slices_of(whole)
-        for i, (place, gradient) in enumerate(zip(places, gradients, strict=True)):
-            if gradient is None:
-                place.zero_()
-            elif i not in taken:
-                place.copy_(gradient)
+        written = [set[int]() for _ in given[1:]] + [taken]
+        for part in zip(whole.split(self.rows), self.split(whole), given, written, strict=True):
+            _copy(*part)
         return whole
+
+
+def _copy(rows: Tensor, places: Sequence[Tensor], gradients: Sequence[Tensor | None], written: set[int]) -> None:
+    """rows: all of a part, places: its slices, where gradients go but for those that are `written`"""
+    if not written and all(gradient is not None for gradient in gradients):
+        torch.cat([gradient.flatten(0, 1) for gradient in gradients], dim=-1, out=rows)
+        return
+    for i, (place, gradient) in enumerate(zip(places, gradients, strict=True)):
+        if gradient is None:
+            place.zero_()
+        elif i not in written:
+            place.copy_(gradient)
 
 
 def _same(x: Tensor | None, y: Tensor) -> bool:
@@ -93,7 +105,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx, x, gradient):
         ctx.gradient = gradient
         ctx.set_materialize_grads(False)
-        return gradient.slices_of(x)
+        return tuple(piece for part in gradient.split(x) for piece in part)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

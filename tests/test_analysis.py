@@ -149,6 +149,19 @@ def test_probabilities_are_those_of_the_model(changes):
     assert (meter.entropy() <= meter.uniform_entropy()[:, None] + 1e-6).all()
 
 
+@torch.no_grad()
+def test_what_is_heard_of_each_layer():
+    """The operations of heads on text, each of its own layer"""
+    model, heard = tiny_model(), []
+    with observe(model, lambda layer, name, arguments, output: heard.append((layer, name))):
+        model(random_ids(1, 12))
+    assert heard == [
+        (layer, name)
+        for layer in range(TINY.n_layers)
+        for name in ("heads", "rotate", "attention", "branch_conv", "selection", "selective_scan")
+    ]
+
+
 def test_observation_changes_nothing():
     model, ids = tiny_model(), random_ids(2, 30)
     before = model(ids)

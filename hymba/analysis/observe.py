@@ -19,7 +19,7 @@ LayerListener = Callable[[int, str, dict[str, Any], Any], None]
 
 @contextmanager
 def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
-    """Report the operations of all heads on text; those on the meta tokens are left out."""
+    """Report the operations of all attention and Mamba modules on text; those on the meta tokens are left out."""
     current: int | None = None
 
     def enter(layer: int) -> Callable[[nn.Module, tuple], None]:
@@ -30,6 +30,10 @@ def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
 
         return hook
 
+    def leave(heads: nn.Module, arguments: tuple, output: Any) -> None:
+        nonlocal current
+        current = None
+
     @torch.no_grad()
     def hear(name: str, arguments: dict[str, Any], output: Any) -> None:
         if current is not None:
@@ -37,10 +41,11 @@ def observe(model: Hymba, *listeners: LayerListener) -> Iterator[None]:
                 listener(current, name, arguments, output)
 
     hooks = [
-        heads.register_forward_pre_hook(enter(layer))
+        hook
         for layer, block in enumerate(model.blocks)
         for heads in block.heads.modules()
         if isinstance(heads, Attention | Mamba | Mamba2)
+        for hook in (heads.register_forward_pre_hook(enter(layer)), heads.register_forward_hook(leave))
     ]
     try:
         with ops.observe(hear):

@@ -33,7 +33,6 @@ from hymba.model.mamba import Mamba, Mamba2
 from hymba.model.mixers import AttentionHeads, Heads, Mamba2Heads, MambaHeads
 from hymba.model.norm import RMSNorm
 from hymba.model.plain import is_plain
-from hymba.ops.reference import rows_of
 from hymba.visibility import KeyValue
 
 
@@ -63,7 +62,7 @@ class HybridHeads(Heads):
     def fuse(self, attn, ssm):
         # the branches live on different scales, so each gets its norm before the mean
         if self.concat:
-            return torch.cat([self.attn_norm(rows_of(attn)), self.ssm_norm(rows_of(ssm))], dim=-1)  # (R, A + E)
+            return torch.cat([self.attn_norm(ops.rows_of(attn)), self.ssm_norm(ops.rows_of(ssm))], dim=-1)  # (R, A + E)
         if self.repeats > 1:
             attn = [x.repeat(1, 1, self.repeats) for x in attn]  # (B, T, E)
         return ops.mean_of_norms(attn, ssm, self.attn_norm.weight, self.ssm_norm.weight, self.attn_norm.eps)
@@ -113,8 +112,11 @@ class Block(nn.Module):
         shared: Sequence[tuple[KeyValue, ...]] | None,
         dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor, list[tuple[KeyValue, ...]], Tensor | None, Tensor | None]:
-        """x, added: (R, D), the residual stream is their sum, which a norm takes in the same go; None for no addition;
-        dropout: of both branches' outputs for the text, which is the last part; the others as in `Heads.forward`
+        """The others are as in `Heads.forward`.
+
+        x, added: (R, D) each; the residual stream is their sum, which the next norm takes on its way; added is None
+        where there is nothing to add
+        dropout: share of both branches' outputs that is dropped, of the text, which is the last part
 
         -> x and added of the next block, and what the heads return
         """

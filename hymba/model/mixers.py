@@ -10,7 +10,6 @@ have.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from hymba.model.attention import Attention
 from hymba.model.cache import CachedLayer, LayerState
 from hymba.model.layout import Layout
 from hymba.model.mamba import Mamba, Mamba2
-from hymba.ops.reference import rows_of
 from hymba.visibility import KeyValue
 
 
@@ -69,7 +67,7 @@ class Heads(nn.Module):
         stream = beside.fork(x, *keys) if len(parts) > 1 else None
         for i, (layout, (q, _, inputs)) in enumerate(zip(layouts, parts, strict=True)):
             last = i == len(parts) - 1
-            with nullcontext() if last else beside.on(stream):
+            with beside.on(None if last else stream):
                 if self.attention is not None:
                     attn.append(self.attention(q, layout, read[i]))
                 if last:
@@ -85,7 +83,7 @@ class Heads(nn.Module):
 
     def fuse(self, attn: Sequence[Tensor], ssm: Sequence[Tensor]) -> Tensor:
         """attn: (B, T, A), ssm: (B, T, E) of each part -> (R, width of the output projection)"""
-        return rows_of(attn or ssm)
+        return ops.rows_of(attn or ssm)
 
 
 class AttentionHeads(Heads):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hymba.errors import UserError
 from hymba.ops import chunked, library, reference
+from hymba.ops.reference import rows_of  # noqa: F401  a layout, the same for all backends
 
 BACKENDS: dict[str, ModuleType] = {"torch": chunked, "reference": reference}
 if library.available():

@@ -56,8 +56,9 @@ def selection(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the scan selects by (Mamba, section 3.2), normed: dt, B and C.
 
-    x: (B, T, E), weight: (rank + 2 N, E), or None where x is its product already, dt_weight: (E, rank), norms: weights
-    of the RMSNorms of dt, B and C, norm: a backend's own -> dt before its bias (B, T, E), B and C (B, T, N)
+    x: (B, T, E), weight: (rank + 2 N, E), or None where x is their product already, (B, T, rank + 2 N),
+    dt_weight: (E, rank), norms: weights of the RMSNorms of dt, B and C, norm: a backend's own
+    -> dt before its bias (B, T, E), B and C (B, T, N)
     """
     low = x if weight is None else F.linear(x, weight)
     slices = zip(low.split([w.shape[0] for w in norms], dim=-1), norms, strict=True)

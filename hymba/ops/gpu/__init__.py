@@ -4,8 +4,8 @@ since Hopper are in CUDA C++, which the compiler that comes with PyTorch (NVRTC)
 
 What `torch.compile` meets is PyTorch's own, or an operator (`torch.ops.hymba_gpu`), so it takes the model whole. A file
 for each family says what it computes, how it is tiled and what is float32: scan and selection, conv, norm, flash and
-flex (attention; blocks and join stand before them), decode, elementwise, loss; slices lets kernels write gradients
-where they belong; step is a decoding step of the CUDA graph.
+flex (attention; blocks and join stand before them, and hopper beside flash, in Gluon), decode, elementwise, loss;
+slices lets kernels write gradients where they belong; step is a decoding step of the CUDA graph.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ from functools import lru_cache, wraps
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -40,8 +40,10 @@ def library_op(name: str) -> Callable:
 
         @wraps(function)
         def call(*inputs):
-            learns = needs_grad(*(x for x in inputs if isinstance(x, Tensor)))
-            return (operator if learns or torch.compiler.is_compiling() else function)(*inputs)
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            plain = {type(x) for x in tensors} <= {Tensor, nn.Parameter}  # and not fake ones, say
+            as_operator = needs_grad(*tensors) or torch.compiler.is_compiling() or not plain
+            return (operator if as_operator else function)(*inputs)
 
         call.register_fake, call.register_autograd = operator.register_fake, operator.register_autograd
         return call

@@ -19,6 +19,7 @@ in documents, other sizes, other types, lengths that are no multiple of a block,
 """
 # ruff: noqa: RUF059  what partitions share comes in tuples, of which each takes what it needs
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hymba.visibility import EMPTY
+
+if "functions_and_args" not in signature(gl.warp_specialize).parameters:
+    raise ImportError("an older Triton")  # 3.5 has other arguments
 
 if TYPE_CHECKING:
     from hymba.ops.gpu.flash import Mask
@@ -276,7 +280,7 @@ def _forward_half(half: gl.constexpr, y_desc, places, bars, inputs):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["B", "window", "n_meta"])
+@gluon.jit(do_not_specialize=["B", "H", "G", "window", "n_meta"])
 def _forward_kernel(q_desc, k_desc, v_desc, at_desc, y_desc, q_at, lists, counter, lse, B, T, S, H, G, window, n_meta,
                     mask_row, scale, KS: gl.constexpr, VS: gl.constexpr):  # fmt: skip
     shape = B, T, S, H, G
@@ -391,7 +395,7 @@ def _queries_half(half: gl.constexpr, dq_desc, places, bars, inputs):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["B", "window", "n_meta"])
+@gluon.jit(do_not_specialize=["B", "H", "G", "window", "n_meta"])
 def _queries_kernel(q_desc, k_desc, v_desc, at_desc, y_desc, dy_desc, dq_desc, q_at, lists, counter, lse, delta, B, T,
                     S, H, G, window, n_meta, mask_row, scale, KS: gl.constexpr, VS: gl.constexpr):  # fmt: skip
     shape = B, T, S, H, G
@@ -552,7 +556,7 @@ def _keys_half(half: gl.constexpr, dk_desc, dv_desc, places, bars, inputs):
         number = _told(board, i, 0)
 
 
-@gluon.jit(do_not_specialize=["B", "window", "n_meta"])
+@gluon.jit(do_not_specialize=["B", "H", "G", "window", "n_meta"])
 def _keys_kernel(q_desc, dy_desc, at_desc, lse_desc, delta_desc, k_desc, v_desc, dk_desc, dv_desc, k_at, lists, counter,
                  B, T, S, H, G, window, n_meta, mask_row, scale, QS: gl.constexpr):  # fmt: skip
     shape = B, T, S, H, G
@@ -621,8 +625,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: "Mask", scale: float) -> tupl
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     KS, VS = RINGS["forward"]
     _forward_kernel[(_processors(q.device),)](
-        _described(_matrix(q.transpose(1, 2)), HALF.value, DK), _described(k.reshape(-1, DK), BLOCK, DK),
-        _described(v.reshape(-1, DV), BLOCK, DV), _described(mask.at.k_at.view(-1), BLOCK),
+        _described(_matrix(q.transpose(1, 2)), HALF.value, DK), _described(_matrix(k.flatten(0, 1)), BLOCK, DK),
+        _described(_matrix(v.flatten(0, 1)), BLOCK, DV), _described(mask.at.k_at.view(-1), BLOCK),
         _described(_matrix(y), HALF.value, DV), mask.at.q_at, mask.forward, counter, lse, *_numbers(q, k, mask, scale),
         KS=KS, VS=VS, num_warps=4,
     )  # fmt: skip
@@ -640,7 +644,7 @@ def backward(
     counters = torch.zeros(2, 4, dtype=torch.int32, device=q.device)
     half, (KS, VS), QS = HALF.value, RINGS["queries"], RINGS["keys"]
     q_rows, dy_rows = _matrix(q.transpose(1, 2)), _matrix(dy)
-    k_rows, v_rows = k.reshape(-1, DK), v.reshape(-1, DV)
+    k_rows, v_rows = (_matrix(x.flatten(0, 1)) for x in (k, v))
     grid, numbers = (_processors(q.device),), _numbers(q, k, mask, scale)
     _queries_kernel[grid](
         _described(q_rows, half, DK), _described(k_rows, BLOCK, DK), _described(v_rows, BLOCK, DV),

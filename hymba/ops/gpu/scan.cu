@@ -208,7 +208,7 @@ struct Lane {
             for (int c = 0; c < 2; c++)
                 put(x, base + (e + c) * 16 + 8 * j + 2 * q, make_float2(h[j][2 * c], h[j][2 * c + 1]));
     }
-    // h of one step: decayed by a, which is left there if wanted
+    // h of one step: decayed by a, which is left there if wanted: backward, where the exponential unit has time for all
     __device__ void decay(float (*h)[4], float2 delta, float (*a)[4]) const {
 #pragma unroll
         for (int j = 0; j < 2; j++)

@@ -15,7 +15,6 @@ PIECE = 16  # bytes
 
 
 def _padded(weight: Tensor, dtype: torch.dtype, *, down: bool = False, across: bool = False) -> Tensor:
-    """Cast here, not by autocast, which would keep it"""
     piece = PIECE // dtype.itemsize
     out, width = weight.shape
     return F.pad(weight.to(dtype), (0, -width % piece if across else 0, 0, -out % piece if down else 0))

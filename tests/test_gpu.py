@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import weakref
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -231,6 +232,19 @@ def test_split(readers, monkeypatch):
     for a, b in zip(run(lambda *x: read(*x, ops=gpu), on_device(inputs)), expected, strict=True):
         assert_near(a.cpu(), b, FP32, "split")
     assert sorted(written) == [1] * readers + [2]
+
+
+def test_split_holds_the_whole_until_all_gradients_have_come():
+    """Kernels on a second stream may read slices when autograd has let go of them."""
+    leaf = on_device(randn(6, 5)).requires_grad_()
+    whole = leaf * 1
+    held, seen = weakref.ref(whole), []
+    ((a, b),) = gpu.split(whole, (2, 3), [(2, 3)])
+    y = a.exp().sum() + b.sum()
+    a.register_hook(lambda gradient: seen.append(held() is not None))
+    del whole, a, b
+    y.backward()
+    assert seen == [True] and held() is None
 
 
 def test_norms():

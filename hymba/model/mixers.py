@@ -9,6 +9,7 @@ have.
     C = E + 2 N channels of Mamba-2's convolution, S heads of Mamba-2
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from hymba.model.mamba import Mamba, Mamba2
 from hymba.visibility import KeyValue
 
 
-class Heads(nn.Module):
+class Heads(nn.Module, ABC):
     """Heads between two projections: `attention`, `mamba`, or both.
 
     What a layer does to each token by itself it does to all of them at once, those of meta tokens and text. Heads read
@@ -77,9 +78,9 @@ class Heads(nn.Module):
                     ssm.append(y)
         return self.out_proj(self.fuse(attn, ssm)), read, conv_state, ssm_state
 
+    @abstractmethod
     def inputs(self, *slices: Tensor) -> tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
         """slices: (B, T, width) each -> queries, keys and values if the layer makes them, what `mamba` takes"""
-        raise NotImplementedError
 
     def fuse(self, attn: Sequence[Tensor], ssm: Sequence[Tensor]) -> Tensor:
         """attn: (B, T, A), ssm: (B, T, E) of each part -> (R, width of the output projection)"""
